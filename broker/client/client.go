@@ -1,0 +1,438 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/eclipse/paho.golang/packets"
+	"github.com/eclipse/paho.golang/paho"
+	"github.com/eclipse/paho.golang/paho/session"
+	"github.com/eclipse/paho.golang/paho/session/state"
+
+	"github.com/fairlead-io/fairlead/schemas/topic"
+)
+
+// Message is one application message.
+type Message struct {
+	Topic           topic.Topic
+	Payload         []byte
+	QoS             byte
+	Retain          bool
+	ResponseTopic   string
+	CorrelationData []byte
+}
+
+// Subscription is one filter with its options.
+type Subscription struct {
+	Filter topic.Filter
+	QoS    byte
+	// RetainHandling is 0 for all retained messages at every subscribe, 1 for
+	// those of a new subscription, 2 for none.
+	RetainHandling byte
+	NoLocal        bool
+	// RetainAsPublished keeps the retain flag on live messages, so that the
+	// clearing of a topic can be told from an event without payload.
+	RetainAsPublished bool
+}
+
+// Config says where and how to connect. The zero value of a field is its default.
+type Config struct {
+	// URL is the broker's address, as [ParseURL] reads it.
+	URL string
+	// Dial replaces URL, for connections inside one process.
+	Dial func(context.Context) (net.Conn, error)
+
+	ClientID, Username, Password string
+
+	// KeepAlive defaults to 30s. A dead link is noticed within 1.5 times it.
+	KeepAlive time.Duration
+	// Will makes the last will of each connection; nil is none.
+	Will func() *Message
+
+	// Subscriptions are made at every connect, before OnUp.
+	Subscriptions []Subscription
+	// OnMessage gets every message in order; its QoS 1 message is acknowledged
+	// after it returned. It may block for a while, also on Publish: that holds
+	// back further messages, not acknowledgements.
+	OnMessage func(Message)
+	// OnUp is called after the subscriptions were acknowledged, on Run's
+	// goroutine; it must not block. The context ends with the connection.
+	OnUp func(context.Context)
+	// OnDown is called when the connection ended, with the reason.
+	OnDown func(error)
+
+	// MinBackoff and MaxBackoff bound the jittered wait between attempts;
+	// 1s and 30s by default.
+	MinBackoff, MaxBackoff time.Duration
+	// ReceiveMaximum bounds the messages that the broker may have in flight
+	// towards us; 256 by default.
+	ReceiveMaximum uint16
+
+	Logger *slog.Logger
+}
+
+// ErrOffline says that there is no connection at the moment.
+var ErrOffline = errors.New("not connected to the broker")
+
+// ErrLost says that the connection ended before the broker acknowledged: the
+// message may or may not have arrived.
+var ErrLost = errors.New("connection lost before the broker acknowledged")
+
+// Refused is a broker's negative answer, with its reason.
+type Refused struct {
+	Code   byte
+	Reason string
+}
+
+func (r *Refused) Error() string {
+	if r.Reason == "" {
+		return fmt.Sprintf("the broker refused with reason code 0x%02x", r.Code)
+	}
+	return fmt.Sprintf("the broker refused: %s (0x%02x)", r.Reason, r.Code)
+}
+
+// Client keeps one connection to a broker. All methods may be called from any
+// goroutine; Run exactly once.
+type Client struct {
+	cfg  Config
+	dial func(context.Context) (net.Conn, error)
+	name string
+	log  *slog.Logger
+
+	mu struct {
+		sync.Mutex
+		conn *connection // nil while there is none
+	}
+}
+
+// connection is one MQTT connection and what is in flight on it.
+type connection struct {
+	client  *paho.Client
+	session *teeSession
+	send    sync.Mutex // orders publishes; guards session.next
+	down    chan error // first reason why the connection ended
+}
+
+// New checks the config. It does not connect.
+func New(cfg Config) (*Client, error) {
+	c := &Client{cfg: cfg, dial: cfg.Dial, name: "in-process", log: cfg.Logger}
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	if c.dial == nil {
+		d, err := ParseURL(cfg.URL, nil)
+		if err != nil {
+			return nil, err
+		}
+		c.dial, c.name = d.Dial, d.String()
+	}
+	if c.cfg.KeepAlive == 0 {
+		c.cfg.KeepAlive = 30 * time.Second
+	}
+	if k := c.cfg.KeepAlive; k < time.Second || k > 65535*time.Second {
+		return nil, fmt.Errorf("keepalive %s: want 1s to 18h12m15s", k)
+	}
+	if c.cfg.MinBackoff == 0 {
+		c.cfg.MinBackoff = time.Second
+	}
+	if c.cfg.MaxBackoff == 0 {
+		c.cfg.MaxBackoff = 30 * time.Second
+	}
+	if c.cfg.ReceiveMaximum == 0 {
+		c.cfg.ReceiveMaximum = 256
+	}
+	return c, nil
+}
+
+// Run connects, and connects again with a jittered back-off whenever the
+// connection ends, until ctx ends; then it disconnects and returns nil.
+func (c *Client) Run(ctx context.Context) error {
+	wait := c.cfg.MinBackoff
+	for ctx.Err() == nil {
+		began := time.Now()
+		up, err := c.once(ctx)
+		if ctx.Err() != nil {
+			break
+		}
+		if up && time.Since(began) > c.cfg.MaxBackoff {
+			wait = c.cfg.MinBackoff // it had been working: the broker restarted, or the link blinked
+		}
+		// Half of the wait is random, so that ten thousand nodes do not come
+		// back in step after the cloud did.
+		pause := wait/2 + rand.N(wait/2+1) //nolint:gosec // no secret
+		if up {
+			c.log.Info("connection to broker ended", "broker", c.name, "error", err, "retry", pause)
+		} else {
+			c.log.Warn("cannot connect to broker", "broker", c.name, "error", err, "retry", pause)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+		wait = min(2*wait, c.cfg.MaxBackoff)
+	}
+	return nil
+}
+
+// once holds one connection from dial to end. up tells whether it was established.
+func (c *Client) once(ctx context.Context) (up bool, err error) {
+	nc, err := c.dial(ctx)
+	if err != nil {
+		return false, err
+	}
+	conn := &connection{down: make(chan error, 4)}
+	conn.session = &teeSession{State: state.NewInMemory()}
+	defer func() { _ = conn.session.Close() }()
+
+	lost := func(err error) {
+		select {
+		case conn.down <- err:
+		default:
+		}
+	}
+	conn.client = paho.NewClient(paho.ClientConfig{
+		ClientID:    c.cfg.ClientID,
+		Conn:        packets.NewThreadSafeConn(nc),
+		Session:     conn.session,
+		PingHandler: &pinger{},
+		OnPublishReceived: []func(paho.PublishReceived) (bool, error){func(p paho.PublishReceived) (bool, error) {
+			if c.cfg.OnMessage != nil {
+				c.cfg.OnMessage(fromPaho(p.Packet))
+			}
+			return true, nil
+		}},
+		OnClientError: lost,
+		OnServerDisconnect: func(d *paho.Disconnect) {
+			r := &Refused{Code: d.ReasonCode}
+			if d.Properties != nil {
+				r.Reason = d.Properties.ReasonString
+			}
+			lost(fmt.Errorf("disconnected: %w", r))
+		},
+	})
+	ack, err := conn.client.Connect(ctx, c.connectPacket())
+	if err != nil {
+		_ = nc.Close()
+		if ack != nil {
+			r := &Refused{Code: ack.ReasonCode}
+			if ack.Properties != nil {
+				r.Reason = ack.Properties.ReasonString
+			}
+			return false, r
+		}
+		return false, fmt.Errorf("connect: %w", err)
+	}
+	defer func() { <-conn.client.Done() }()
+	// Reason code 0 tells the broker not to publish the Will [MQTT-3.14.4-3].
+	defer func() { _ = conn.client.Disconnect(&paho.Disconnect{}) }()
+
+	if err := c.subscribe(ctx, conn); err != nil {
+		return false, err
+	}
+	connCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	c.mu.Lock()
+	c.mu.conn = conn
+	c.mu.Unlock()
+	c.log.Info("connected to broker", "broker", c.name)
+	if c.cfg.OnUp != nil {
+		c.cfg.OnUp(connCtx)
+	}
+	select {
+	case <-ctx.Done():
+		err = ctx.Err()
+	case err = <-conn.down:
+	}
+	c.mu.Lock()
+	c.mu.conn = nil
+	c.mu.Unlock()
+	if c.cfg.OnDown != nil {
+		c.cfg.OnDown(err)
+	}
+	return true, err
+}
+
+func (c *Client) connectPacket() *paho.Connect {
+	cp := &paho.Connect{
+		ClientID:   c.cfg.ClientID,
+		KeepAlive:  uint16(c.cfg.KeepAlive / time.Second),
+		CleanStart: true,
+		Properties: &paho.ConnectProperties{
+			ReceiveMaximum:     &c.cfg.ReceiveMaximum,
+			RequestProblemInfo: true,
+		},
+	}
+	if c.cfg.Username != "" {
+		cp.Username, cp.UsernameFlag = c.cfg.Username, true
+	}
+	if c.cfg.Password != "" {
+		cp.Password, cp.PasswordFlag = []byte(c.cfg.Password), true
+	}
+	if c.cfg.Will != nil {
+		if w := c.cfg.Will(); w != nil {
+			cp.WillMessage = &paho.WillMessage{Topic: string(w.Topic), Payload: w.Payload, QoS: w.QoS, Retain: w.Retain}
+		}
+	}
+	return cp
+}
+
+func (c *Client) subscribe(ctx context.Context, conn *connection) error {
+	if len(c.cfg.Subscriptions) == 0 {
+		return nil
+	}
+	s := &paho.Subscribe{}
+	for _, sub := range c.cfg.Subscriptions {
+		s.Subscriptions = append(s.Subscriptions, paho.SubscribeOptions{
+			Topic: string(sub.Filter), QoS: sub.QoS, RetainHandling: sub.RetainHandling,
+			NoLocal: sub.NoLocal, RetainAsPublished: sub.RetainAsPublished,
+		})
+	}
+	ack, err := conn.client.Subscribe(ctx, s)
+	if ack != nil {
+		for i, code := range ack.Reasons {
+			if code >= 0x80 {
+				r := &Refused{Code: code}
+				if ack.Properties != nil {
+					r.Reason = ack.Properties.ReasonString
+				}
+				return fmt.Errorf("subscribe %s: %w", c.cfg.Subscriptions[i].Filter, r)
+			}
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("subscribe: %w", err)
+	}
+	return nil
+}
+
+// Connected tells whether there is a connection with its subscriptions made.
+func (c *Client) Connected() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.conn != nil
+}
+
+// Drop ends the present connection, if any, so that Run makes a new one.
+func (c *Client) Drop(reason error) {
+	c.mu.Lock()
+	conn := c.mu.conn
+	c.mu.Unlock()
+	if conn != nil {
+		select {
+		case conn.down <- reason:
+		default:
+		}
+	}
+}
+
+// Publish sends a message and, for QoS 1 and 2, waits for the broker's answer:
+// nil, a *[Refused], [ErrLost], [ErrOffline] or ctx's error. It does not retry.
+func (c *Client) Publish(ctx context.Context, m Message) error {
+	ack, err := c.Send(ctx, m)
+	if err != nil {
+		return err
+	}
+	select {
+	case err := <-ack:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Send writes a message and gives the channel that will hold the broker's
+// answer. Messages leave in the order of the calls. It blocks while the
+// broker's receive maximum is in flight.
+func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
+	c.mu.Lock()
+	conn := c.mu.conn
+	c.mu.Unlock()
+	if conn == nil {
+		return nil, ErrOffline
+	}
+	p := &paho.Publish{Topic: string(m.Topic), Payload: m.Payload, QoS: m.QoS, Retain: m.Retain}
+	if m.ResponseTopic != "" || len(m.CorrelationData) > 0 {
+		p.Properties = &paho.PublishProperties{ResponseTopic: m.ResponseTopic, CorrelationData: m.CorrelationData}
+	}
+	answer := make(chan error, 1)
+	resp := make(chan packets.ControlPacket, 1)
+
+	conn.send.Lock()
+	conn.session.next = resp
+	_, err := conn.client.PublishWithOptions(ctx, p, paho.PublishOptions{Method: paho.PublishMethod_AsyncSend})
+	conn.session.next = nil
+	conn.send.Unlock()
+
+	switch {
+	case m.QoS == 0 && err == nil:
+		answer <- nil
+		return answer, nil
+	case errors.Is(err, session.ErrNoConnection), errors.Is(err, net.ErrClosed):
+		return nil, ErrOffline
+	case err != nil && !errors.Is(err, paho.ErrNetworkErrorAfterStored):
+		return nil, fmt.Errorf("publish %q: %w", m.Topic, err)
+	}
+	go func() {
+		select {
+		case r := <-resp:
+			answer <- outcome(r)
+		case <-conn.client.Done():
+			answer <- ErrLost
+		}
+	}()
+	return answer, nil
+}
+
+func outcome(r packets.ControlPacket) error {
+	switch p := r.Content.(type) {
+	case *packets.Puback:
+		if p.ReasonCode >= 0x80 {
+			return refused(p.ReasonCode, p.Properties)
+		}
+		return nil
+	case *packets.Pubrec:
+		return refused(p.ReasonCode, p.Properties)
+	case *packets.Pubcomp:
+		return nil
+	default:
+		return ErrLost // the session ended with the message in it
+	}
+}
+
+func refused(code byte, props *packets.Properties) error {
+	r := &Refused{Code: code}
+	if props != nil {
+		r.Reason = props.ReasonString
+	}
+	return r
+}
+
+func fromPaho(p *paho.Publish) Message {
+	m := Message{Topic: topic.Topic(p.Topic), Payload: p.Payload, QoS: p.QoS, Retain: p.Retain}
+	if p.Properties != nil {
+		m.ResponseTopic, m.CorrelationData = p.Properties.ResponseTopic, p.Properties.CorrelationData
+	}
+	return m
+}
+
+// teeSession lets the client see the answer to a publish that was sent without
+// waiting: paho makes a channel for it and drops it.
+type teeSession struct {
+	*state.State
+	next chan<- packets.ControlPacket // guarded by connection.send
+}
+
+// AddToSession implements session.SessionManager.
+func (s *teeSession) AddToSession(ctx context.Context, p session.Packet, resp chan<- packets.ControlPacket) error {
+	if p.Type() == packets.PUBLISH && s.next != nil {
+		resp = s.next
+	}
+	return s.State.AddToSession(ctx, p, resp)
+}

@@ -1,0 +1,141 @@
+package broker
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/mochi-mqtt/server/v2/packets"
+
+	"github.com/fairlead-io/fairlead/broker/store"
+	"github.com/fairlead-io/fairlead/schemas/access"
+	"github.com/fairlead-io/fairlead/schemas/topic"
+)
+
+// Message is an application message inside the broker. Its byte slices are not
+// changed by anybody once it was handed over.
+type Message struct {
+	Topic   topic.Topic
+	Payload []byte
+	QoS     byte
+	Retain  bool
+	// Expires is when the message dies, in milliseconds since 1970; 0 is never.
+	Expires int64
+	Props   store.Props
+
+	// From and ClientID are the publisher's; zero for the process itself.
+	From     access.Identity
+	ClientID string
+}
+
+func (m *Message) expired(now time.Time) bool {
+	return m.Expires != 0 && m.Expires <= now.UnixMilli()
+}
+
+// Refusal is a negative acknowledgement: an MQTT 5 reason code of 0x80 or more
+// and the reason string that the publisher gets.
+type Refusal struct {
+	Code   byte
+	Reason string // for the publisher, a sentence
+	Kind   string // for the counter, a word
+}
+
+func (r *Refusal) Error() string { return fmt.Sprintf("refused (0x%02x): %s", r.Code, r.Reason) }
+
+// Reason codes of negative acknowledgements [MQTT-3.4.2.1].
+const (
+	CodeUnspecified    = 0x80
+	CodeImplementation = 0x83
+	CodeNotAuthorized  = 0x87
+	CodeTopicInvalid   = 0x90
+	CodeQuotaExceeded  = 0x97
+	CodePayloadFormat  = 0x99
+)
+
+// Interceptor sees every message on the core before it is stored. It may refuse
+// it with a *[Refusal] and may add messages that are stored in the same batch
+// and published with it, even where it refuses. It must not block, and reads
+// the retained state with [Broker.Retained].
+type Interceptor interface {
+	Intercept(m *Message) (also []Message, err error)
+}
+
+// Durability says when a retained message must be on the disk.
+type Durability uint8
+
+const (
+	// Sync: before the acknowledgement.
+	Sync Durability = iota
+	// NoSync: handed to the operating system; what a power cut takes, a digest brings back.
+	NoSync
+	// Checkpoint: in memory, written every Options.Checkpoint and at Close.
+	// For readings, which their mapper reads again anyway.
+	Checkpoint
+)
+
+// EdgeDurability is the rule of an edge node: readings are checkpointed,
+// everything else is synced.
+func EdgeDurability(t topic.Topic) Durability {
+	if p, err := topic.Parse(string(t)); err == nil && p.Kind == topic.KindReportedTwin {
+		return Checkpoint
+	}
+	return Sync
+}
+
+// CloudDurability is the rule of the cloud broker: fabric state needs no sync,
+// users' messages do.
+func CloudDurability(t topic.Topic) Durability {
+	if topic.Owned(string(t)) {
+		return NoSync
+	}
+	return Sync
+}
+
+func fromPacket(pk packets.Packet) Message {
+	m := Message{
+		Topic:   topic.Topic(pk.TopicName),
+		Payload: pk.Payload,
+		QoS:     pk.FixedHeader.Qos,
+		Retain:  pk.FixedHeader.Retain,
+		Props: store.Props{
+			ContentType:     pk.Properties.ContentType,
+			ResponseTopic:   pk.Properties.ResponseTopic,
+			CorrelationData: pk.Properties.CorrelationData,
+		},
+	}
+	if pk.Properties.PayloadFormatFlag {
+		f := pk.Properties.PayloadFormat
+		m.Props.PayloadFormat = &f
+	}
+	for _, u := range pk.Properties.User {
+		m.Props.User = append(m.Props.User, [2]string{u.Key, u.Val})
+	}
+	if e := pk.Properties.MessageExpiryInterval; e > 0 {
+		m.Expires = time.Now().Add(time.Duration(e) * time.Second).UnixMilli()
+	}
+	return m
+}
+
+func (m *Message) packet(qos byte, retain bool, id uint16, subIDs []int) packets.Packet {
+	pk := packets.Packet{
+		FixedHeader: packets.FixedHeader{Type: packets.Publish, Qos: qos, Retain: retain},
+		TopicName:   string(m.Topic),
+		Payload:     m.Payload,
+		PacketID:    id,
+		Properties: packets.Properties{
+			ContentType:            m.Props.ContentType,
+			ResponseTopic:          m.Props.ResponseTopic,
+			CorrelationData:        m.Props.CorrelationData,
+			SubscriptionIdentifier: subIDs,
+		},
+	}
+	if m.Props.PayloadFormat != nil {
+		pk.Properties.PayloadFormat, pk.Properties.PayloadFormatFlag = *m.Props.PayloadFormat, true
+	}
+	for _, u := range m.Props.User {
+		pk.Properties.User = append(pk.Properties.User, packets.UserProperty{Key: u[0], Val: u[1]})
+	}
+	if m.Expires > 0 {
+		pk.Expiry = (m.Expires + 999) / 1000 // mochi sends what is left of it [MQTT-3.3.2-6]
+	}
+	return pk
+}

@@ -1,0 +1,449 @@
+// Package repair keeps both ends of a direction of a node's state the same: the
+// writer's [Outbox] sends what changed, keyed by topic, and a digest after it;
+// the receiver's [Inbox] compares, asks for the manifest where it differs, and
+// wants again what it lacks. Losing any message, either broker's memory or any
+// session costs a repair, never the truth.
+//
+// The writer is the only one to publish to its topics, in repair too: what the
+// receiver wants is published again as the retained message it is, and what the
+// writer does not have is cleared.
+//
+//	out := repair.NewOutbox(repair.OutboxConfig{Direction: topic.Reported, Epoch: epoch, Get: store.Get})
+//	out.Touch(topic.ReportedNode("plant-7"))
+//	err := out.Run(connCtx, client) // once per connection
+package repair
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/fairlead-io/fairlead/broker/client"
+	"github.com/fairlead-io/fairlead/schemas/digest"
+	"github.com/fairlead-io/fairlead/schemas/payload"
+	"github.com/fairlead-io/fairlead/schemas/topic"
+)
+
+// PageSize is the number of topics in one page of a manifest.
+const PageSize = 2000
+
+// digestDelay coalesces digests: one follows the last change by this much, at
+// the latest digestMax after the first.
+const (
+	digestDelay = 50 * time.Millisecond
+	digestMax   = time.Second
+)
+
+// Sender sends messages in order and tells their fate; *client.Client is one.
+type Sender interface {
+	Send(context.Context, client.Message) (<-chan error, error)
+}
+
+// OutboxConfig configures an outbox.
+type OutboxConfig struct {
+	Direction topic.Direction
+	// Epoch names the numbering of the revs.
+	Epoch string
+	// Get gives the writer's present payload of a topic, or false where there
+	// is none. It is called on Run's goroutine.
+	Get    func(topic.Topic) ([]byte, bool)
+	Logger *slog.Logger
+}
+
+// Outbox holds what the other side is believed to have, per node, and the
+// topics that differ from it. It is bounded by the number of the writer's
+// topics: a topic that changes a thousand times while there is no link is
+// in it once.
+type Outbox struct {
+	cfg  OutboxConfig
+	log  *slog.Logger
+	wake chan struct{}
+
+	mu struct {
+		sync.Mutex
+		nodes map[string]*outNode
+		queue []topic.Topic // dirty topics, oldest first
+		dirty map[topic.Topic]struct{}
+		pages []page // manifests asked for
+	}
+}
+
+type outNode struct {
+	sent      *digest.Set
+	published payload.Digest
+	known     bool      // a digest was published on this connection
+	force     bool      // publish the digest even if it did not change
+	first     time.Time // of the changes that no digest covers yet
+	last      time.Time
+}
+
+type page struct {
+	node, after string
+	to          string // response topic
+	correlation []byte
+}
+
+// NewOutbox makes an empty outbox.
+func NewOutbox(cfg OutboxConfig) *Outbox {
+	o := &Outbox{cfg: cfg, log: cfg.Logger, wake: make(chan struct{}, 1)}
+	if o.log == nil {
+		o.log = slog.New(slog.DiscardHandler)
+	}
+	o.mu.nodes = map[string]*outNode{}
+	o.mu.dirty = map[topic.Topic]struct{}{}
+	return o
+}
+
+func (o *Outbox) signal() {
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (o *Outbox) nodeLocked(name string) *outNode {
+	n := o.mu.nodes[name]
+	if n == nil {
+		n = &outNode{sent: digest.NewSet()}
+		o.mu.nodes[name] = n
+	}
+	return n
+}
+
+// Assume records that the other side has the payload already; an empty one
+// that it does not have the topic.
+func (o *Outbox) Assume(t topic.Topic, p []byte) {
+	parsed, err := topic.Parse(string(t))
+	if err != nil {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.nodeLocked(parsed.Node).sent.Put(string(t), p)
+}
+
+// Reset forgets what the other side is believed to have.
+func (o *Outbox) Reset() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, n := range o.mu.nodes {
+		n.sent = digest.NewSet()
+	}
+}
+
+// Nodes lists the nodes that the outbox knows.
+func (o *Outbox) Nodes() []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	out := make([]string, 0, len(o.mu.nodes))
+	for n := range o.mu.nodes {
+		out = append(out, n)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// Assumed lists the topics that the other side is believed to have of a node.
+func (o *Outbox) Assumed(node string) []topic.Topic {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.mu.nodes[node]
+	if n == nil {
+		return nil
+	}
+	var out []topic.Topic
+	for _, t := range n.sent.Topics("", 0) {
+		out = append(out, topic.Topic(t))
+	}
+	return out
+}
+
+// AddNode makes sure that a digest is published for the node even if it has no topics.
+func (o *Outbox) AddNode(node string) {
+	o.mu.Lock()
+	o.nodeLocked(node)
+	o.mu.Unlock()
+	o.signal()
+}
+
+// Touch marks topics as changed; Get tells to what when their turn comes.
+func (o *Outbox) Touch(topics ...topic.Topic) {
+	o.mu.Lock()
+	for _, t := range topics {
+		o.touchLocked(t)
+	}
+	o.mu.Unlock()
+	o.signal()
+}
+
+func (o *Outbox) touchLocked(t topic.Topic) {
+	if _, ok := o.mu.dirty[t]; !ok {
+		o.mu.dirty[t] = struct{}{}
+		o.mu.queue = append(o.mu.queue, t)
+	}
+}
+
+// Pending is the number of topics that wait to be sent.
+func (o *Outbox) Pending() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.mu.queue)
+}
+
+// Request takes a receiver's request. to and correlation are the request's
+// response topic and correlation data.
+func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlation []byte) {
+	prefix := topic.Root + "/" + node + "/"
+	o.mu.Lock()
+	n := o.nodeLocked(node)
+	for _, w := range r.Want {
+		t := topic.Topic(prefix + w)
+		p, err := topic.Parse(string(t))
+		if err != nil {
+			continue
+		}
+		if d, ok := p.Direction(); !ok || d != o.cfg.Direction {
+			continue
+		}
+		n.sent.Remove(string(t)) // so that it is sent whatever we believed
+		o.touchLocked(t)
+		n.force = true
+	}
+	if r.Manifest && len(o.mu.pages) < 1024 {
+		if to == "" {
+			to = string(topic.SyncManifest(node, o.cfg.Direction))
+		}
+		o.mu.pages = append(o.mu.pages, page{node: node, after: r.After, to: to, correlation: correlation})
+	}
+	o.mu.Unlock()
+	if len(r.Want) > 0 {
+		o.log.Info("repair: publishing again", "node", node, "direction", o.cfg.Direction.String(), "topics", len(r.Want))
+	}
+	o.signal()
+}
+
+type sentItem struct {
+	t   topic.Topic
+	ack <-chan error
+}
+
+// Run sends until ctx, which is one connection's, ends or sending fails. It
+// begins with the topics that wait, then publishes every node's digest. What
+// was not acknowledged when it returns waits again.
+func (o *Outbox) Run(ctx context.Context, s Sender) error {
+	o.mu.Lock()
+	for _, n := range o.mu.nodes {
+		n.known = false
+	}
+	o.mu.Unlock()
+	var inflight []sentItem
+	defer func() {
+		o.mu.Lock()
+		for _, it := range inflight {
+			o.touchLocked(it.t)
+		}
+		o.mu.Unlock()
+	}()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		t, item := o.nextDirty()
+		if item {
+			it, err := o.send(ctx, s, t)
+			if err != nil {
+				o.Touch(t)
+				return err
+			}
+			if it.ack != nil {
+				inflight = append(inflight, it)
+			}
+			inflight = o.reap(inflight)
+			// Digests are due even while there is always something to send.
+			if _, err := o.digests(ctx, s, false); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := o.manifests(ctx, s); err != nil {
+			return err
+		}
+		wait, err := o.digests(ctx, s, true)
+		if err != nil {
+			return err
+		}
+		timer.Reset(wait)
+		var head <-chan error
+		if len(inflight) > 0 {
+			head = inflight[0].ack
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-o.wake:
+		case <-timer.C:
+		case err := <-head:
+			o.finish(inflight[0].t, err)
+			inflight = inflight[1:]
+			if errors.Is(err, client.ErrLost) {
+				return err
+			}
+		}
+	}
+}
+
+// reap takes the acknowledgements that are there already.
+func (o *Outbox) reap(inflight []sentItem) []sentItem {
+	for len(inflight) > 0 {
+		select {
+		case err := <-inflight[0].ack:
+			o.finish(inflight[0].t, err)
+			inflight = inflight[1:]
+		default:
+			return inflight
+		}
+	}
+	return nil
+}
+
+func (o *Outbox) finish(t topic.Topic, err error) {
+	if err == nil {
+		return
+	}
+	var refused *client.Refused
+	if errors.As(err, &refused) {
+		// Sending it again would be refused again. The digest shows that it is
+		// missing, and the receiver asks for it when it can take it.
+		o.log.Error("state refused by the broker", "topic", t, "error", err)
+		return
+	}
+	o.Touch(t)
+}
+
+func (o *Outbox) nextDirty() (topic.Topic, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.mu.queue) == 0 {
+		o.mu.queue = nil
+		return "", false
+	}
+	t := o.mu.queue[0]
+	o.mu.queue = o.mu.queue[1:]
+	delete(o.mu.dirty, t)
+	return t, true
+}
+
+func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic) (sentItem, error) {
+	p, ok := o.cfg.Get(t)
+	if !ok {
+		p = nil
+	}
+	parsed, err := topic.Parse(string(t))
+	if err != nil {
+		return sentItem{}, nil //nolint:nilerr // not one of ours: nothing to send
+	}
+	o.mu.Lock()
+	n := o.nodeLocked(parsed.Node)
+	h, known := n.sent.Get(string(t))
+	if ok && known && h == digest.Of(string(t), p) || !ok && !known && !n.force {
+		o.mu.Unlock()
+		return sentItem{}, nil // the other side has it already
+	}
+	n.sent.Put(string(t), p)
+	now := time.Now()
+	if n.first.IsZero() {
+		n.first = now
+	}
+	n.last = now
+	o.mu.Unlock()
+	ack, err := s.Send(ctx, client.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
+	if err != nil {
+		return sentItem{}, err
+	}
+	return sentItem{t, ack}, nil
+}
+
+// digests publishes the digests that are due and tells how long to wait for
+// the next one. idle says that nothing waits to be sent.
+func (o *Outbox) digests(ctx context.Context, s Sender, idle bool) (time.Duration, error) {
+	wait := time.Hour
+	type out struct {
+		node string
+		d    payload.Digest
+	}
+	var due []out
+	now := time.Now()
+	o.mu.Lock()
+	for name, n := range o.mu.nodes {
+		if !idle && n.first.IsZero() {
+			continue
+		}
+		at := now
+		if !n.first.IsZero() && n.known {
+			at = n.last.Add(digestDelay)
+			if m := n.first.Add(digestMax); m.Before(at) {
+				at = m
+			}
+		}
+		if !idle && !n.known {
+			continue // first everything that waits, then the first digest
+		}
+		if at.After(now) {
+			wait = min(wait, at.Sub(now))
+			continue
+		}
+		n.first = time.Time{}
+		d := payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()}
+		if n.known && !n.force && d == n.published {
+			continue
+		}
+		n.known, n.force, n.published = true, false, d
+		due = append(due, out{name, d})
+	}
+	o.mu.Unlock()
+	for _, d := range due {
+		_, err := s.Send(ctx, client.Message{Topic: o.cfg.Direction.Digest(d.node), Payload: payload.Encode(d.d), QoS: 1, Retain: true})
+		if err != nil {
+			return 0, err
+		}
+	}
+	return wait, nil
+}
+
+func (o *Outbox) manifests(ctx context.Context, s Sender) error {
+	for {
+		o.mu.Lock()
+		if len(o.mu.pages) == 0 {
+			o.mu.Unlock()
+			return nil
+		}
+		pg := o.mu.pages[0]
+		o.mu.pages = o.mu.pages[1:]
+		n := o.nodeLocked(pg.node)
+		prefix := topic.Root + "/" + pg.node + "/"
+		m := payload.SyncManifest{
+			Digest: payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()},
+			After:  pg.after, Topics: map[string]digest.Hash{},
+		}
+		after := ""
+		if pg.after != "" {
+			after = prefix + pg.after
+		}
+		topics := n.sent.Topics(after, PageSize+1)
+		for i, t := range topics {
+			if i == PageSize {
+				m.Next = topics[i-1][len(prefix):]
+				break
+			}
+			h, _ := n.sent.Get(t)
+			m.Topics[t[len(prefix):]] = h
+		}
+		o.mu.Unlock()
+		_, err := s.Send(ctx, client.Message{Topic: topic.Topic(pg.to), Payload: payload.Encode(m), QoS: 1, CorrelationData: pg.correlation})
+		if err != nil {
+			return err
+		}
+	}
+}

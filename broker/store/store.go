@@ -1,0 +1,458 @@
+// Package store keeps a broker's retained messages and Wills in Pebble.
+//
+//	s, aside, err := store.Open(dir, store.Options{Logger: log})
+//	b := s.NewBatch()
+//	b.PutRetained(store.Retained{Topic: "fl/plant-7/reported/node", Payload: p})
+//	err = b.Commit(true) // nil means: on the disk
+//
+// It is the edge's only database: what the node needs to restart without the
+// cloud is here, under the topics that everybody can read.
+package store
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// format is the version of the keys and values below. A store with a larger
+// one was written by a newer Fairlead and is refused.
+const format = 1
+
+// Key spaces: one byte, then the name.
+const (
+	keyFormat   = "f"
+	keyRetained = 'r' // + topic
+	keyWill     = 'w' // + client id
+)
+
+// DefaultReserve is the free space below which nothing more is written.
+const DefaultReserve = 16 << 20
+
+// Options are a store's settings; the zero value is right for an edge node.
+type Options struct {
+	// CacheBytes is the block cache; 2 MiB where it is 0.
+	CacheBytes int64
+	// MemTableBytes is one write buffer; 1 MiB where it is 0.
+	MemTableBytes uint64
+	// ReserveBytes is the free disk space below which writes are refused with
+	// [ErrDiskFull], so that the store itself never meets a full disk.
+	// [DefaultReserve] where it is 0, no check where it is negative.
+	ReserveBytes int64
+	// FS replaces the operating system's file system in tests.
+	FS     vfs.FS
+	Logger *slog.Logger
+}
+
+// ErrDiskFull is returned by commits while the disk has less than the reserve free.
+var ErrDiskFull = errors.New("disk full")
+
+// ErrFailed is returned by commits after the store met an error that it cannot
+// recover from; a restart opens it again with all that was committed.
+var ErrFailed = errors.New("store failed")
+
+// ErrInUse is wrapped by [Open] where another process has the store.
+var ErrInUse = errors.New("store in use")
+
+// ErrNewer is wrapped by [Open] where a newer Fairlead wrote the store.
+var ErrNewer = errors.New("store written by a newer Fairlead")
+
+// Retained is a retained message.
+type Retained struct {
+	Topic   string
+	Payload []byte
+	QoS     byte
+	// Expires is when the message dies, in milliseconds since 1970; 0 is never.
+	Expires int64
+	// Props are the MQTT 5 properties that travel with it.
+	Props Props
+}
+
+// Props are the publish properties that a broker passes on unchanged.
+type Props struct {
+	ContentType     string      `json:"contentType,omitempty"`
+	ResponseTopic   string      `json:"responseTopic,omitempty"`
+	CorrelationData []byte      `json:"correlationData,omitempty"`
+	PayloadFormat   *byte       `json:"payloadFormat,omitempty"`
+	User            [][2]string `json:"user,omitempty"`
+}
+
+// Zero tells whether no property is set.
+func (p *Props) Zero() bool {
+	return p.ContentType == "" && p.ResponseTopic == "" && len(p.CorrelationData) == 0 &&
+		p.PayloadFormat == nil && len(p.User) == 0
+}
+
+// Will is a client's last will, kept so that a broker that was killed publishes
+// it when it is back [MQTT-3.1.2-8].
+type Will struct {
+	ClientID string `json:"-"`
+	Topic    string `json:"topic"`
+	Payload  []byte `json:"payload"`
+	QoS      byte   `json:"qos"`
+	Retain   bool   `json:"retain"`
+}
+
+// Store is an open store. Its methods may be called from any goroutine.
+type Store struct {
+	db      *pebble.DB
+	dir     string
+	reserve int64
+	log     *slog.Logger
+	failed  atomic.Pointer[error]
+	checked atomic.Int64 // UnixNano of the last look at the free space
+	full    atomic.Bool
+	opts    Options
+}
+
+// Open opens or creates the store in dir. One that Pebble finds corrupt is not
+// deleted: it is renamed, aside names where it went, and an empty one is opened
+// in its place. A store that is locked, unreadable or too new is an error.
+func Open(dir string, o Options) (s *Store, aside string, err error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	s, err = open(dir, o)
+	if err == nil || !corrupt(err) || o.FS != nil {
+		return s, "", err
+	}
+	aside = fmt.Sprintf("%s.broken-%s", dir, time.Now().UTC().Format("20060102T150405.000"))
+	if rerr := os.Rename(dir, aside); rerr != nil {
+		return nil, "", fmt.Errorf("%w; setting it aside failed too: %w", err, rerr)
+	}
+	o.Logger.Error("store is corrupt, set aside and begun anew", "dir", dir, "aside", aside, "error", err)
+	s, err = open(dir, o)
+	return s, aside, err
+}
+
+// corrupt tells damage, which is worth setting the store aside for, from
+// trouble that goes away by itself or by the operator's hand.
+func corrupt(err error) bool {
+	if errors.Is(err, ErrInUse) || errors.Is(err, ErrNewer) || errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.ENOSPC) {
+		return false
+	}
+	if pebble.IsCorruptionError(err) || errors.Is(err, os.ErrNotExist) {
+		return true
+	}
+	// Pebble does not mark every damage; these are its words for a manifest,
+	// options file or log that cannot be read.
+	for _, w := range []string{"corrupt", "checksum", "invalid", "EOF", "malformed", "MANIFEST", "no such file"} {
+		if strings.Contains(err.Error(), w) {
+			return true
+		}
+	}
+	return false
+}
+
+func open(dir string, o Options) (*Store, error) {
+	s := &Store{dir: dir, reserve: o.ReserveBytes, log: o.Logger, opts: o}
+	if s.reserve == 0 {
+		s.reserve = DefaultReserve
+	}
+	fs := o.FS
+	if fs == nil {
+		fs = vfs.Default
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("store %s: %w", dir, err)
+		}
+		if err := writable(dir); err != nil {
+			return nil, fmt.Errorf("store %s: %w", dir, err)
+		}
+	}
+	cache := o.CacheBytes
+	if cache == 0 {
+		cache = 2 << 20
+	}
+	mem := o.MemTableBytes
+	if mem == 0 {
+		mem = 1 << 20
+	}
+	c := pebble.NewCache(cache)
+	defer c.Unref()
+	po := &pebble.Options{
+		FS:                          fs,
+		Cache:                       c,
+		MemTableSize:                mem,
+		MemTableStopWritesThreshold: 4,
+		MaxOpenFiles:                64,
+		DisableTableStats:           true,
+		FormatMajorVersion:          pebble.FormatNewest,
+		Logger:                      &logger{s},
+		LoggerAndTracer:             nil,
+	}
+	db, err := pebble.Open(dir, po)
+	if err != nil {
+		if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) && fileExists(filepath.Join(dir, "LOCK")) ||
+			strings.Contains(err.Error(), "lock held by current process") {
+			return nil, fmt.Errorf("store %s: %w: another process has it open; stop that one or choose another data folder", dir, ErrInUse)
+		}
+		return nil, fmt.Errorf("store %s: %w", dir, err)
+	}
+	s.db = db
+	if err := s.checkFormat(); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return s, nil
+}
+
+func fileExists(p string) bool { _, err := os.Stat(p); return err == nil }
+
+func writable(dir string) error {
+	f, err := os.CreateTemp(dir, ".probe-*")
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
+}
+
+func (s *Store) checkFormat() error {
+	v, closer, err := s.db.Get([]byte(keyFormat))
+	if errors.Is(err, pebble.ErrNotFound) {
+		b := binary.AppendUvarint(nil, format)
+		if err := s.db.Set([]byte(keyFormat), b, pebble.Sync); err != nil {
+			return fmt.Errorf("store %s: write format: %w", s.dir, err)
+		}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("store %s: read format: %w", s.dir, err)
+	}
+	defer func() { _ = closer.Close() }()
+	got, n := binary.Uvarint(v)
+	if n <= 0 {
+		return fmt.Errorf("store %s: corrupt format record %x", s.dir, v)
+	}
+	if got > format {
+		return fmt.Errorf("store %s: %w: it has format %d, this program knows up to %d; install the newer version again", s.dir, ErrNewer, got, format)
+	}
+	return nil
+}
+
+// Close closes the store. Nothing that was committed with sync is lost without it.
+func (s *Store) Close() error {
+	if e := s.failed.Load(); e != nil {
+		return nil // Pebble's locks are as the failure left them; the next start recovers
+	}
+	if err := s.db.Close(); err != nil {
+		return fmt.Errorf("store %s: close: %w", s.dir, err)
+	}
+	return nil
+}
+
+// Err tells why commits are refused at the moment: [ErrDiskFull], [ErrFailed] or nil.
+func (s *Store) Err() error {
+	if e := s.failed.Load(); e != nil {
+		return *e
+	}
+	if s.reserve < 0 || s.opts.FS != nil {
+		return nil
+	}
+	// The free space moves slowly against the reserve; once a second is enough.
+	now := time.Now().UnixNano()
+	if last := s.checked.Load(); now-last > int64(time.Second) && s.checked.CompareAndSwap(last, now) {
+		var st syscall.Statfs_t
+		if err := syscall.Statfs(s.dir, &st); err == nil {
+			free := int64(st.Bavail) * st.Bsize //nolint:gosec // far below 2^63
+			full := free < s.reserve
+			if full != s.full.Swap(full) {
+				if full {
+					s.log.Error("disk nearly full, nothing more is stored or acknowledged; make room", "dir", s.dir, "free", free, "reserve", s.reserve)
+				} else {
+					s.log.Info("disk has room again", "dir", s.dir, "free", free)
+				}
+			}
+		}
+	}
+	if s.full.Load() {
+		return fmt.Errorf("%w: less than %d MiB free on the disk of %s; make room, nothing acknowledged is lost", ErrDiskFull, s.reserve>>20, s.dir)
+	}
+	return nil
+}
+
+// DiskUsage is the size of the store in bytes.
+func (s *Store) DiskUsage() uint64 { return s.db.Metrics().DiskSpaceUsage() }
+
+// EachRetained calls fn for every retained message, sorted by topic. The
+// message is fn's to keep. It stops at fn's first error.
+func (s *Store) EachRetained(fn func(Retained) error) error {
+	return s.each(keyRetained, func(name string, v []byte) error {
+		r, err := decodeRetained(name, v)
+		if err != nil {
+			return err
+		}
+		return fn(r)
+	})
+}
+
+// Wills lists the stored Wills.
+func (s *Store) Wills() ([]Will, error) {
+	var out []Will
+	err := s.each(keyWill, func(name string, v []byte) error {
+		w := Will{ClientID: name}
+		if err := json.Unmarshal(v, &w); err != nil {
+			return fmt.Errorf("will of %q: %w", name, err)
+		}
+		out = append(out, w)
+		return nil
+	})
+	return out, err
+}
+
+func (s *Store) each(space byte, fn func(name string, v []byte) error) error {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{space}, UpperBound: []byte{space + 1}})
+	if err != nil {
+		return fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	for ok := it.First(); ok; ok = it.Next() {
+		if err := fn(string(it.Key()[1:]), it.Value()); err != nil {
+			return errors.Join(fmt.Errorf("store %s: %w", s.dir, err), it.Close())
+		}
+	}
+	if err := errors.Join(it.Error(), it.Close()); err != nil {
+		return fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	return nil
+}
+
+// Batch collects changes that become durable together. It is one goroutine's.
+type Batch struct {
+	s *Store
+	b *pebble.Batch
+}
+
+// NewBatch begins a batch.
+func (s *Store) NewBatch() *Batch { return &Batch{s: s, b: s.db.NewBatch()} }
+
+// Empty tells whether nothing was put in.
+func (b *Batch) Empty() bool { return b.b.Empty() }
+
+// PutRetained stores a message; an empty payload removes the topic.
+func (b *Batch) PutRetained(r Retained) {
+	if len(r.Payload) == 0 {
+		_ = b.b.Delete(key(keyRetained, r.Topic), nil)
+		return
+	}
+	_ = b.b.Set(key(keyRetained, r.Topic), encodeRetained(r), nil)
+}
+
+// PutWill stores a client's Will.
+func (b *Batch) PutWill(w Will) error {
+	v, err := json.Marshal(w)
+	if err != nil {
+		return fmt.Errorf("will of %q: %w", w.ClientID, err)
+	}
+	return b.b.Set(key(keyWill, w.ClientID), v, nil)
+}
+
+// DeleteWill removes a client's Will.
+func (b *Batch) DeleteWill(clientID string) { _ = b.b.Delete(key(keyWill, clientID), nil) }
+
+// Commit applies the batch; with sync it returns nil only once the disk has it.
+// The batch is used up whatever the result.
+func (b *Batch) Commit(sync bool) (err error) {
+	defer func() { _ = b.b.Close() }()
+	if b.b.Empty() {
+		return nil
+	}
+	if err := b.s.Err(); err != nil {
+		return err
+	}
+	// Pebble ends a commit that the log could not take by its logger's Fatalf;
+	// ours panics with fatal, so that the broker can answer instead of dying.
+	defer func() {
+		if r := recover(); r != nil {
+			f, ok := r.(fatal)
+			if !ok {
+				panic(r)
+			}
+			err = f.err
+		}
+	}()
+	o := pebble.NoSync
+	if sync {
+		o = pebble.Sync
+	}
+	if err := b.b.Commit(o); err != nil {
+		return fmt.Errorf("store %s: commit: %w", b.s.dir, err)
+	}
+	return nil
+}
+
+func key(space byte, name string) []byte {
+	k := make([]byte, 0, 1+len(name))
+	return append(append(k, space), name...)
+}
+
+// A retained value is: format byte 1, QoS, uvarint expiry, uvarint length of
+// the properties' JSON (0 for none), that JSON, payload.
+func encodeRetained(r Retained) []byte {
+	var props []byte
+	if !r.Props.Zero() {
+		props, _ = json.Marshal(r.Props)
+	}
+	v := make([]byte, 0, 2+2*binary.MaxVarintLen64+len(props)+len(r.Payload))
+	v = append(v, 1, r.QoS)
+	v = binary.AppendUvarint(v, uint64(r.Expires)) //nolint:gosec // never negative
+	v = binary.AppendUvarint(v, uint64(len(props)))
+	v = append(v, props...)
+	return append(v, r.Payload...)
+}
+
+func decodeRetained(topic string, v []byte) (Retained, error) {
+	bad := fmt.Errorf("corrupt record of topic %q", topic)
+	r := Retained{Topic: topic}
+	if len(v) < 4 || v[0] != 1 {
+		return r, bad
+	}
+	r.QoS = v[1]
+	v = v[2:]
+	exp, n := binary.Uvarint(v)
+	if n <= 0 {
+		return r, bad
+	}
+	r.Expires = int64(exp) //nolint:gosec // written from an int64
+	v = v[n:]
+	plen, n := binary.Uvarint(v)
+	if n <= 0 || plen > uint64(len(v)-n) {
+		return r, bad
+	}
+	v = v[n:]
+	if plen > 0 {
+		if err := json.Unmarshal(v[:plen], &r.Props); err != nil {
+			return r, fmt.Errorf("%w: %w", bad, err)
+		}
+	}
+	r.Payload = append([]byte(nil), v[plen:]...)
+	return r, nil
+}
+
+type fatal struct{ err error }
+
+// logger carries Pebble's words into slog. Fatalf marks the store as failed.
+type logger struct{ s *Store }
+
+func (l *logger) Infof(format string, args ...any) {
+	l.s.log.Debug("pebble", "message", fmt.Sprintf(format, args...))
+}
+
+func (l *logger) Errorf(format string, args ...any) {
+	l.s.log.Warn("pebble", "message", fmt.Sprintf(format, args...))
+}
+
+func (l *logger) Fatalf(format string, args ...any) {
+	err := fmt.Errorf("%w: %s; restart to open it again, nothing acknowledged is lost", ErrFailed, fmt.Sprintf(format, args...))
+	l.s.failed.CompareAndSwap(nil, &err)
+	l.s.log.Error("store failed, nothing more is acknowledged; check the disk and restart", "dir", l.s.dir, "error", err)
+	panic(fatal{err})
+}
