@@ -15,7 +15,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
-	"github.com/fairlead-io/fairlead/broker/internal/wsconn"
+	"github.com/fairlead-io/fairlead/broker/client/wsconn"
 )
 
 // Listen opens a listener: host:port or mqtt://host:port for TCP,

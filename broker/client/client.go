@@ -229,8 +229,13 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 		return false, fmt.Errorf("connect: %w", err)
 	}
 	defer func() { <-conn.client.Done() }()
-	// Reason code 0 tells the broker not to publish the Will [MQTT-3.14.4-3].
-	defer func() { _ = conn.client.Disconnect(&paho.Disconnect{}) }()
+	// Whoever left a Will wants it published whenever it goes: 0x04 asks for
+	// that, where 0x00 would discard it [MQTT-3.14.4-3].
+	bye := &paho.Disconnect{}
+	if c.cfg.Will != nil {
+		bye.ReasonCode = 0x04
+	}
+	defer func() { _ = conn.client.Disconnect(bye) }()
 
 	if err := c.subscribe(ctx, conn); err != nil {
 		return false, err

@@ -13,7 +13,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
-	"github.com/fairlead-io/fairlead/broker/internal/wsconn"
+	"github.com/fairlead-io/fairlead/broker/client/wsconn"
 )
 
 const dialTimeout = 10 * time.Second

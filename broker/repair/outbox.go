@@ -65,9 +65,9 @@ type Outbox struct {
 	mu struct {
 		sync.Mutex
 		nodes map[string]*outNode
-		queue []topic.Topic // dirty topics, oldest first
-		dirty map[topic.Topic]struct{}
-		pages []page // manifests asked for
+		queue []topic.Topic        // dirty topics, oldest first
+		dirty map[topic.Topic]bool // true: send even what the other side is believed to have
+		pages []page               // manifests asked for
 	}
 }
 
@@ -93,7 +93,7 @@ func NewOutbox(cfg OutboxConfig) *Outbox {
 		o.log = slog.New(slog.DiscardHandler)
 	}
 	o.mu.nodes = map[string]*outNode{}
-	o.mu.dirty = map[topic.Topic]struct{}{}
+	o.mu.dirty = map[topic.Topic]bool{}
 	return o
 }
 
@@ -173,17 +173,26 @@ func (o *Outbox) AddNode(node string) {
 func (o *Outbox) Touch(topics ...topic.Topic) {
 	o.mu.Lock()
 	for _, t := range topics {
-		o.touchLocked(t)
+		o.touchLocked(t, false)
 	}
 	o.mu.Unlock()
 	o.signal()
 }
 
-func (o *Outbox) touchLocked(t topic.Topic) {
-	if _, ok := o.mu.dirty[t]; !ok {
-		o.mu.dirty[t] = struct{}{}
+func (o *Outbox) touchLocked(t topic.Topic, must bool) {
+	before, ok := o.mu.dirty[t]
+	o.mu.dirty[t] = before || must
+	if !ok {
 		o.mu.queue = append(o.mu.queue, t)
 	}
+}
+
+// again queues a topic of which it is not known whether it arrived.
+func (o *Outbox) again(t topic.Topic) {
+	o.mu.Lock()
+	o.touchLocked(t, true)
+	o.mu.Unlock()
+	o.signal()
 }
 
 // Pending is the number of topics that wait to be sent.
@@ -208,8 +217,7 @@ func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlat
 		if d, ok := p.Direction(); !ok || d != o.cfg.Direction {
 			continue
 		}
-		n.sent.Remove(string(t)) // so that it is sent whatever we believed
-		o.touchLocked(t)
+		o.touchLocked(t, true)
 		n.force = true
 	}
 	if r.Manifest && len(o.mu.pages) < 1024 {
@@ -241,20 +249,18 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 	o.mu.Unlock()
 	var inflight []sentItem
 	defer func() {
-		o.mu.Lock()
 		for _, it := range inflight {
-			o.touchLocked(it.t)
+			o.again(it.t)
 		}
-		o.mu.Unlock()
 	}()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		t, item := o.nextDirty()
+		t, must, item := o.nextDirty()
 		if item {
-			it, err := o.send(ctx, s, t)
+			it, err := o.send(ctx, s, t, must)
 			if err != nil {
-				o.Touch(t)
+				o.again(t)
 				return err
 			}
 			if it.ack != nil {
@@ -319,23 +325,24 @@ func (o *Outbox) finish(t topic.Topic, err error) {
 		o.log.Error("state refused by the broker", "topic", t, "error", err)
 		return
 	}
-	o.Touch(t)
+	o.again(t)
 }
 
-func (o *Outbox) nextDirty() (topic.Topic, bool) {
+func (o *Outbox) nextDirty() (t topic.Topic, must, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if len(o.mu.queue) == 0 {
 		o.mu.queue = nil
-		return "", false
+		return "", false, false
 	}
-	t := o.mu.queue[0]
+	t = o.mu.queue[0]
 	o.mu.queue = o.mu.queue[1:]
+	must = o.mu.dirty[t]
 	delete(o.mu.dirty, t)
-	return t, true
+	return t, must, true
 }
 
-func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic) (sentItem, error) {
+func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic, must bool) (sentItem, error) {
 	p, ok := o.cfg.Get(t)
 	if !ok {
 		p = nil
@@ -347,7 +354,7 @@ func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic) (sentItem, e
 	o.mu.Lock()
 	n := o.nodeLocked(parsed.Node)
 	h, known := n.sent.Get(string(t))
-	if ok && known && h == digest.Of(string(t), p) || !ok && !known && !n.force {
+	if !must && (ok && known && h == digest.Of(string(t), p) || !ok && !known) {
 		o.mu.Unlock()
 		return sentItem{}, nil // the other side has it already
 	}

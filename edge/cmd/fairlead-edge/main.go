@@ -1,0 +1,82 @@
+// Command fairlead-edge is the agent of an edge node.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/fairlead-io/fairlead/edge"
+)
+
+var version = "devel" // set by the linker
+
+const usage = `fairlead-edge is the agent of an edge node: a small MQTT broker with a store,
+the link to the cloud and the twins of the node's devices.
+
+Usage:
+  fairlead-edge run --node NAME --data DIR [--mqtt ADDR]… [--cloud URL --token-file FILE]
+  fairlead-edge version
+
+Flags of run:
+`
+
+func main() {
+	if err := run(os.Args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "fairlead-edge:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string, out io.Writer) error {
+	var cfg edge.Config
+	var level string
+	fs := pflag.NewFlagSet("fairlead-edge", pflag.ContinueOnError)
+	fs.StringVar(&cfg.Node, "node", "", "the node's name, a Kubernetes name")
+	fs.StringVar(&cfg.Dir, "data", "", "data folder; it is created")
+	fs.StringArrayVar(&cfg.MQTT, "mqtt", []string{"127.0.0.1:1883"}, "where the bus listens: host:port, ws://host:port/path or unix:///path; may be repeated")
+	fs.StringVar(&cfg.Cloud, "cloud", "", "the cloud broker: mqtt://host:port or ws://host:port/path; none by default")
+	fs.StringVar(&cfg.TokenFile, "token-file", "", "file with the node's credential for the cloud, from `fairlead token create`")
+	fs.DurationVar(&cfg.KeepAlive, "keepalive", 30*time.Second, "the link's keepalive; a dead link is noticed within 1.5 times it")
+	fs.DurationVar(&cfg.Checkpoint, "checkpoint", time.Minute, "how often readings are written to the disk")
+	fs.StringArrayVar(&cfg.Origins, "allow-origin", nil, "browser origin that may use a WebSocket listener; may be repeated")
+	fs.StringVar(&cfg.Metrics, "metrics", "", "where /metrics, /healthz and /readyz listen, such as 127.0.0.1:9464; off by default")
+	fs.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	fs.Usage = func() { fmt.Fprint(out, usage, fs.FlagUsages()) }
+	if err := fs.Parse(args); err != nil {
+		if err == pflag.ErrHelp { //nolint:errorlint // pflag returns it bare
+			return nil
+		}
+		return err
+	}
+	switch {
+	case fs.NArg() == 1 && fs.Arg(0) == "version":
+		fmt.Fprintln(out, version)
+		return nil
+	case fs.NArg() != 1 || fs.Arg(0) != "run":
+		fs.Usage()
+		return fmt.Errorf("want the command run or version, got %q", fs.Args())
+	}
+	var lv slog.Level
+	if err := lv.UnmarshalText([]byte(level)); err != nil {
+		return fmt.Errorf("--log-level %q: want debug, info, warn or error", level)
+	}
+	// The agent's heap is a few megabytes: collecting a little more often is
+	// cheap and keeps it there.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
+	cfg.Version = version
+	cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: lv}))
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	return edge.Run(ctx, cfg)
+}

@@ -1,0 +1,224 @@
+package edge
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/fairlead-io/fairlead/broker"
+	"github.com/fairlead-io/fairlead/edge/link"
+	"github.com/fairlead-io/fairlead/edge/node"
+	"github.com/fairlead-io/fairlead/edge/twin"
+	"github.com/fairlead-io/fairlead/schemas/payload"
+	"github.com/fairlead-io/fairlead/schemas/topic"
+)
+
+// Config configures the agent. Node and Dir are required.
+type Config struct {
+	// Node is the node's name, a Kubernetes name.
+	Node string
+	// Dir is the data folder: the store, the mappers' token.
+	Dir string
+	// MQTT are the bus's listeners, as broker.Listen reads them.
+	MQTT []string
+	// Cloud is the cloud broker's address; empty for none.
+	Cloud string
+	// TokenFile holds the node's credential for the cloud.
+	TokenFile string
+	// KeepAlive is the link's; 30 s where it is 0.
+	KeepAlive time.Duration
+	// Checkpoint is how often readings are written; 60 s where it is 0.
+	Checkpoint time.Duration
+	// Origins are browser origins that may use a WebSocket listener.
+	Origins []string
+	// Metrics is the address of /metrics, /healthz and /readyz; empty for none.
+	Metrics string
+	// Version is the agent's.
+	Version string
+	Logger  *slog.Logger
+	// Ready is told the listeners' addresses once the bus serves; nil for nobody.
+	Ready func(addrs []string)
+}
+
+// Validate says what is wrong with the configuration and what to do.
+func (c *Config) Validate() error {
+	if c.Node == "" {
+		return errors.New("the node has no name: give --node")
+	}
+	if err := topic.CheckName("node", c.Node); err != nil {
+		return err
+	}
+	if c.Dir == "" {
+		return errors.New("no data folder: give --data")
+	}
+	if len(c.MQTT) == 0 {
+		return errors.New("no listener: give --mqtt, such as 127.0.0.1:1883")
+	}
+	if c.Cloud != "" && c.TokenFile == "" {
+		return fmt.Errorf("the cloud wants a credential: make one with `fairlead token create --node %s`, put it into a file and give --token-file", c.Node)
+	}
+	return nil
+}
+
+// identity is what the data folder belongs to; a folder that was copied to
+// another node is refused rather than mixed up.
+type identity struct {
+	Node string `json:"node"`
+}
+
+// Run runs the agent until ctx ends. An error from before the bus served is the
+// configuration's or the host's; it says what to do.
+func Run(ctx context.Context, cfg Config) (err error) {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	log = log.With("node", cfg.Node)
+	if err := prepare(cfg); err != nil {
+		return err
+	}
+	token, err := readToken(cfg)
+	if err != nil {
+		return err
+	}
+	mapperToken, err := mapperToken(cfg.Dir)
+	if err != nil {
+		return err
+	}
+	reg := prometheus.NewRegistry()
+	engine := twin.New(twin.Config{Node: cfg.Node, Metrics: reg, Logger: log})
+	bus, err := broker.Open(broker.Options{
+		Dir: filepath.Join(cfg.Dir, "store"), Node: cfg.Node,
+		Authenticate: authenticate(mapperToken),
+		Interceptors: []broker.Interceptor{engine},
+		Durability:   broker.EdgeDurability,
+		Checkpoint:   cfg.Checkpoint,
+		// A gateway has dozens of clients, not thousands.
+		MaxClients:     256,
+		AllowedOrigins: cfg.Origins,
+		Metrics:        reg, Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, bus.Close()) }()
+	if aside := bus.SetAside(); aside != "" {
+		log.Error("the store was corrupt; it was set aside and the node begins anew from the cloud's state", "aside", aside)
+	}
+	if err := engine.Start(ctx, bus); err != nil {
+		return fmt.Errorf("twins: %w", err)
+	}
+	if err := describe(ctx, bus, cfg); err != nil {
+		log.Error("node not described", "error", err)
+	}
+	var l *link.Link
+	if cfg.Cloud != "" {
+		l, err = link.New(link.Config{
+			Node: cfg.Node, URL: cfg.Cloud, Token: token, KeepAlive: cfg.KeepAlive, Agent: cfg.Version, Metrics: reg, Logger: log,
+		}, bus)
+		if err != nil {
+			return err
+		}
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if cfg.Metrics != "" {
+		stop, addr, err := serveMetrics(cfg.Metrics, reg, bus)
+		if err != nil {
+			return err
+		}
+		defer stop()
+		log.Info("metrics and health", "address", addr)
+	}
+	var addrs []string
+	for _, a := range cfg.MQTT {
+		addr, err := bus.Listen(a)
+		if err != nil {
+			return err
+		}
+		addrs = append(addrs, addr)
+	}
+	log.Info("bus serves", "addresses", addrs, "version", cfg.Version)
+	if cfg.Ready != nil {
+		cfg.Ready(addrs)
+	}
+	g.Go(func() error { return engine.Run(ctx, bus) })
+	if l != nil {
+		g.Go(func() error { return l.Run(ctx) })
+	}
+	<-ctx.Done()
+	return g.Wait()
+}
+
+// prepare makes the data folder and checks that it is this node's.
+func prepare(cfg Config) error {
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	path := filepath.Join(cfg.Dir, "node.json")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return writeFile(path, payload.Encode(identity{Node: cfg.Node}))
+	}
+	if err != nil {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	var id identity
+	if err := json.Unmarshal(b, &id); err != nil {
+		return fmt.Errorf("%s cannot be read: %w; if the folder is node %s's, write {\"node\":%q} into it", path, err, cfg.Node, cfg.Node)
+	}
+	if id.Node != cfg.Node {
+		return fmt.Errorf("data folder %s belongs to node %s, not to %s: give another --data, or remove the folder", cfg.Dir, id.Node, cfg.Node)
+	}
+	return nil
+}
+
+// writeFile writes a small file that is either whole or not there.
+func writeFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return os.Rename(f.Name(), path)
+}
+
+func readToken(cfg Config) (string, error) {
+	if cfg.TokenFile == "" {
+		return "", nil
+	}
+	b, err := os.ReadFile(cfg.TokenFile)
+	if err != nil {
+		return "", fmt.Errorf("token: %w; make one with `fairlead token create --node %s > %s`", err, cfg.Node, cfg.TokenFile)
+	}
+	t := strings.TrimSpace(string(b))
+	if t == "" {
+		return "", fmt.Errorf("token file %s is empty", cfg.TokenFile)
+	}
+	return t, nil
+}
+
+// describe publishes reported/node, if it changed.
+func describe(ctx context.Context, bus *broker.Broker, cfg Config) error {
+	n := node.Describe(cfg.Version)
+	t, p := topic.ReportedNode(cfg.Node), payload.Encode(n)
+	if old, ok := bus.Retained(t); ok && string(old) == string(p) {
+		return nil
+	}
+	return bus.Publish(ctx, broker.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
+}
