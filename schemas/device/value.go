@@ -168,7 +168,7 @@ func (t Type) decode(raw json.RawMessage) (any, *ValueError) {
 			}
 			return nil, wrong
 		}
-		if t == Float32 && math.Abs(f) > math.MaxFloat32 {
+		if t == Float32 && math.IsInf(float64(float32(f)), 0) { // the largest float32 is written 3.4028235e38, a little above it
 			return nil, Refuse(ReasonRange, "%.64s does not fit %s", raw, t)
 		}
 		return f, nil
@@ -192,7 +192,7 @@ func parseNumber(s string) (*big.Rat, bool) {
 
 func (p *Property) check(v any) *ValueError {
 	if p.Type.Numeric() && (p.Min != nil || p.Max != nil) {
-		r := rat(v)
+		r := p.Type.rat(v)
 		if r == nil {
 			return Refuse(ReasonRange, "%v is not a finite number", v)
 		}
@@ -245,14 +245,25 @@ func spaced(unit string) string {
 	return " " + unit
 }
 
-func rat(v any) *big.Rat {
+// rat gives a number as the fraction that its JSON form means: 0.1 is a tenth,
+// not the binary fraction next to it, so that 0.1 is not above a maximum of 0.1.
+// It is nil for NaN and infinities.
+func (t Type) rat(v any) *big.Rat {
 	switch v := v.(type) {
 	case int64:
 		return new(big.Rat).SetInt64(v)
 	case uint64:
 		return new(big.Rat).SetUint64(v)
 	case float64:
-		return new(big.Rat).SetFloat64(v) // nil for NaN and infinities
+		if math.IsNaN(v) || math.IsInf(v, 0) {
+			return nil
+		}
+		bits := 64
+		if t == Float32 {
+			bits = 32
+		}
+		r, _ := new(big.Rat).SetString(strconv.FormatFloat(v, 'g', -1, bits))
+		return r
 	}
 	return nil
 }
@@ -290,8 +301,13 @@ func (t Type) Encode(v any) json.RawMessage {
 		}
 		return b
 	case string:
-		b, _ := json.Marshal(v)
-		return b
+		var b bytes.Buffer
+		e := json.NewEncoder(&b)
+		e.SetEscapeHTML(false) // people read it
+		if e.Encode(v) != nil {
+			return null
+		}
+		return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 	case []byte:
 		return json.RawMessage(strconv.Quote(base64.StdEncoding.EncodeToString(v)))
 	case json.RawMessage:
@@ -329,7 +345,7 @@ func (p *Property) Changed(last, now any) bool {
 	if p.Deadband <= 0 {
 		return true
 	}
-	a, b := rat(last), rat(now)
+	a, b := p.Type.rat(last), p.Type.rat(now)
 	if a == nil || b == nil {
 		return true
 	}

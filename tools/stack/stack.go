@@ -122,7 +122,7 @@ func (s *Stack) StartCluster(ctx context.Context) error {
 		s.Cluster = p
 	}
 	for _, m := range crd.All() {
-		if _, err := s.KubectlIn(ctx, m, "apply", "--server-side", "-f", "-"); err != nil {
+		if _, err := s.KubectlIn(ctx, m.YAML, "apply", "--server-side", "-f", "-"); err != nil {
 			return fmt.Errorf("apply the CRDs: %w", err)
 		}
 	}

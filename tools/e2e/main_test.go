@@ -1,0 +1,80 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/fairlead-io/fairlead/tools/stack"
+)
+
+// patience is how long a test waits for what must come. It is no measurement:
+// the machine may be busy.
+const patience = 60 * time.Second
+
+// fab is the control plane and the cloud that all tests share. Tests that kill
+// the cloud put it back.
+var fab *stack.Stack
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	bin := os.Getenv("FAIRLEAD_BIN")
+	if bin == "" {
+		fmt.Println("SKIP end-to-end tests: FAIRLEAD_BIN is not set; `go tool task test:e2e` builds the binaries and sets it")
+		return 0
+	}
+	for _, p := range []string{"mosquitto_sub", "mosquitto_pub"} {
+		if _, err := exec.LookPath(p); err != nil {
+			fmt.Printf("SKIP end-to-end tests: %s is not installed: apt-get install mosquitto-clients\n", p)
+			return 0
+		}
+	}
+	dir, err := os.MkdirTemp("", "fairlead-e2e-")
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	keep := false
+	defer func() {
+		if keep || os.Getenv("FAIRLEAD_E2E_KEEP") != "" {
+			fmt.Println("logs and data are kept in", dir)
+			return
+		}
+		_ = os.RemoveAll(dir)
+	}()
+	repo, err := filepath.Abs("../..")
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	if fab, err = stack.New(stack.Config{Bin: bin, Dir: dir, Repo: repo}); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	defer fab.Stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	began := time.Now()
+	if err := fab.StartCluster(ctx); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	if err := fab.StartCloud(ctx, cloudArgs...); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Printf("control plane and cloud are up after %s\n", time.Since(began).Round(100*time.Millisecond))
+	code := m.Run()
+	keep = code != 0
+	return code
+}
+
+// cloudArgs make the mirrors in Kubernetes as fresh as law 8 allows.
+var cloudArgs = []string{"--device-status-interval", "1s"}
