@@ -2,13 +2,13 @@ package broker
 
 import (
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/packets"
 
-	"github.com/fairlead-io/fairlead/schemas/access"
 	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
@@ -20,9 +20,16 @@ const (
 	maxQueuedBytes = 16 << 20
 	// maxWindow bounds what is in flight to a client that sets no Receive Maximum.
 	maxWindow = 256
+	// maxReplays bounds the subscriptions whose retained messages still wait.
+	maxReplays = 4096
+	// maxSubscriptions bounds the subscriptions of a connection.
+	maxSubscriptions = 16384
 )
 
-var errSlow = errors.New("outbound queue full: the client reads too slowly")
+var (
+	errSlow          = errors.New("outbound queue full: the client reads too slowly")
+	errSubscriptions = errors.New("too many subscriptions on one connection")
+)
 
 // delivery is one message for one subscriber.
 type delivery struct {
@@ -47,8 +54,8 @@ type replay struct {
 // else ever waits for the client's socket.
 type conn struct {
 	b      *Broker
+	client *client
 	cl     *mqtt.Client
-	id     access.Identity
 	done   chan struct{} // closed when the writer ended
 	wake   chan struct{} // capacity 1
 	window int
@@ -65,8 +72,9 @@ type conn struct {
 	}
 }
 
-func newConn(b *Broker, cl *mqtt.Client, id access.Identity) *conn {
-	c := &conn{b: b, cl: cl, id: id, done: make(chan struct{}), wake: make(chan struct{}, 1), window: maxWindow}
+func newConn(b *Broker, client *client) *conn {
+	cl := client.mq
+	c := &conn{b: b, client: client, cl: cl, done: make(chan struct{}), wake: make(chan struct{}, 1), window: maxWindow}
 	if rm := int(cl.Properties.Props.ReceiveMaximum); rm > 0 { // [MQTT-3.3.4-9]
 		c.window = min(rm, maxWindow)
 	}
@@ -99,10 +107,11 @@ func (c *conn) ack(pk packets.Packet) {
 // deliver queues a message.
 func (c *conn) deliver(d delivery) {
 	c.mu.Lock()
-	full := len(c.mu.out) >= maxQueued || c.mu.bytes+len(d.m.Payload) > maxQueuedBytes && len(c.mu.out) > 0
+	size := d.m.size()
+	full := len(c.mu.out) >= maxQueued || c.mu.bytes+size > maxQueuedBytes && len(c.mu.out) > 0
 	if !full && !c.mu.closed {
 		c.mu.out = append(c.mu.out, d)
-		c.mu.bytes += len(d.m.Payload)
+		c.mu.bytes += size
 	}
 	c.mu.Unlock()
 	if full {
@@ -113,14 +122,33 @@ func (c *conn) deliver(d delivery) {
 	c.signal()
 }
 
+// wantsOwn tells whether a subscription of the client selects the topic and does
+// not exclude the client's own messages. mochi merges a client's subscriptions
+// into one, which has NoLocal where any of them has.
+func (c *conn) wantsOwn(t topic.Topic) bool {
+	for f, sub := range c.cl.State.Subscriptions.GetAll() {
+		if !sub.NoLocal && topic.Filter(f).Match(t) {
+			return true
+		}
+	}
+	return false
+}
+
 // replay queues the retained messages of a filter. They go out before what is
-// delivered from now on.
+// delivered from now on. One that waits for the same filter is replaced.
 func (c *conn) replay(r *replay) {
 	c.mu.Lock()
-	if !c.mu.closed {
+	same := func(x *replay) bool { return x.filter == r.filter }
+	c.mu.replays = slices.DeleteFunc(c.mu.replays, same)
+	full := len(c.mu.replays) >= maxReplays
+	if !full && !c.mu.closed {
 		c.mu.replays = append(c.mu.replays, r)
 	}
 	c.mu.Unlock()
+	if full {
+		c.stop(errSlow)
+		return
+	}
 	c.signal()
 }
 
@@ -132,20 +160,35 @@ func (c *conn) acked(id uint16) {
 	c.signal()
 }
 
-// stop ends the connection without waiting for its socket.
+// stop ends the connection without waiting for its socket. The client is told
+// why if it reads within a second.
 func (c *conn) stop(err error) {
+	if !c.shut() {
+		return
+	}
 	c.b.log.Warn("client disconnected", "client", c.cl.ID, "remote", c.cl.Net.Remote, "error", err)
-	c.cl.Stop(err)
+	code := packets.ErrImplementationSpecificError
+	if errors.Is(err, errSlow) || errors.Is(err, errSubscriptions) {
+		code = packets.ErrQuotaExceeded
+	}
+	c.b.hangUp(c.client, code)
+}
+
+// shut drops what waits and ends the writer; it does not wait for it. It tells
+// whether there was anything to end.
+func (c *conn) shut() bool {
+	c.mu.Lock()
+	open := !c.mu.closed
+	c.mu.closed = true
+	c.mu.acks, c.mu.out, c.mu.replays, c.mu.bytes = nil, nil, nil, 0
+	c.mu.Unlock()
 	c.signal()
+	return open
 }
 
 // close ends the writer; it returns when the writer is gone.
 func (c *conn) close() {
-	c.mu.Lock()
-	c.mu.closed = true
-	c.mu.acks, c.mu.out, c.mu.replays = nil, nil, nil
-	c.mu.Unlock()
-	c.signal()
+	c.shut()
 	<-c.done
 }
 
@@ -175,24 +218,10 @@ func (c *conn) run() {
 				c.acked(release)
 			}
 		default:
-			c.cl.Stop(err) // the reader notices and the disconnect hook closes us
-			c.drain()
+			c.shut()
+			c.cl.Stop(err) // the reader notices
 			return
 		}
-	}
-}
-
-// drain waits for close after the socket failed.
-func (c *conn) drain() {
-	for {
-		c.mu.Lock()
-		closed := c.mu.closed
-		c.mu.acks, c.mu.out, c.mu.replays, c.mu.bytes = nil, nil, nil, 0
-		c.mu.Unlock()
-		if closed {
-			return
-		}
-		<-c.wake
 	}
 }
 
@@ -247,7 +276,7 @@ func (c *conn) take() (pk packets.Packet, release uint16, s takeState) {
 		}
 		c.mu.out[0] = delivery{}
 		c.mu.out = c.mu.out[1:]
-		c.mu.bytes -= len(d.m.Payload)
+		c.mu.bytes -= d.m.size()
 		if len(c.mu.out) == 0 {
 			c.mu.out = nil
 		}

@@ -1,16 +1,20 @@
 package broker
 
 import (
+	"errors"
 	"fmt"
 	"net"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// connectDeadline bounds the time from accept to a complete CONNECT.
-const connectDeadline = 10 * time.Second
-
 // maxConnect bounds the first packet: nobody is known yet.
 const maxConnect = 64 << 10
+
+// farewell bounds how long a connection that is being ended may take over its
+// last packet.
+const farewell = time.Second
 
 // errTooLarge ends a connection whose packet is over the bound.
 type errTooLarge struct{ size, limit uint32 }
@@ -19,13 +23,21 @@ func (e errTooLarge) Error() string {
 	return fmt.Sprintf("packet of %d bytes is over the limit of %d", e.size, e.limit)
 }
 
+// errLength ends a connection whose packet has a fifth length byte
+// [MQTT-1.5.5-1]: mochi would go on reading length bytes for ever.
+var errLength = errors.New("the packet's length takes more than four bytes")
+
 // frameConn follows the packet borders of what a client sends, without looking
 // inside: an over-long packet is answered with DISCONNECT 0x95 and never
 // buffered, and a client that does not send its CONNECT in time is cut off.
 type frameConn struct {
 	net.Conn
-	limit   uint32
-	onLarge func(error)
+	client   *client // whose connection it is
+	limit    uint32
+	onRefuse func(error)
+
+	wmu    sync.Mutex  // one write at a time: a WebSocket takes no two
+	ending atomic.Bool // the deadline is the last one
 
 	first bool // the CONNECT is not complete yet
 	v5    bool
@@ -36,36 +48,70 @@ type frameConn struct {
 	shift    uint
 	pos      uint32 // position in the CONNECT's body
 	failed   error
+	refused  bool
 }
 
-func newFrameConn(c net.Conn, limit uint32, onLarge func(error)) *frameConn {
-	_ = c.SetDeadline(time.Now().Add(connectDeadline))
-	return &frameConn{Conn: c, limit: limit, onLarge: onLarge, first: true, inHeader: true}
+// newFrameConn bounds the time until the CONNECT is complete: mochi sets the
+// keepalive's deadline only then.
+func newFrameConn(c net.Conn, limit uint32, connect time.Duration, onRefuse func(error)) *frameConn {
+	_ = c.SetDeadline(time.Now().Add(connect))
+	return &frameConn{Conn: c, limit: limit, onRefuse: onRefuse, first: true, inHeader: true}
 }
 
-// SetDeadline implements net.Conn. mochi sets the keepalive's deadline only
-// after the CONNECT, so ours holds until then.
-func (c *frameConn) SetDeadline(t time.Time) error { return c.Conn.SetDeadline(t) }
+// SetDeadline implements net.Conn.
+func (c *frameConn) SetDeadline(t time.Time) error {
+	if c.ending.Load() {
+		return nil
+	}
+	return c.Conn.SetDeadline(t)
+}
 
-// Read implements net.Conn.
+// end gives the connection its last deadline.
+func (c *frameConn) end() {
+	c.ending.Store(true)
+	_ = c.Conn.SetDeadline(time.Now().Add(farewell))
+}
+
+// Write implements net.Conn.
+func (c *frameConn) Write(p []byte) (int, error) {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	return c.Conn.Write(p)
+}
+
+// Read implements net.Conn. What came before a packet that is refused is read
+// as if nothing had happened.
 func (c *frameConn) Read(p []byte) (int, error) {
 	if c.failed != nil {
-		return 0, c.failed
+		return 0, c.refuse()
 	}
 	n, err := c.Conn.Read(p)
-	if ferr := c.follow(p[:n]); ferr != nil {
-		c.failed = ferr
-		if c.v5 {
-			_ = c.Conn.SetWriteDeadline(time.Now().Add(time.Second))
-			_, _ = c.Conn.Write(disconnectTooLarge(ferr.Error()))
-		}
-		c.onLarge(ferr)
-		return 0, ferr
+	good, ferr := c.follow(p[:n])
+	if ferr == nil {
+		return n, err
 	}
-	return n, err
+	c.failed = ferr
+	if good > 0 {
+		return good, nil
+	}
+	return 0, c.refuse()
 }
 
-func (c *frameConn) follow(p []byte) error {
+func (c *frameConn) refuse() error {
+	if !c.refused {
+		c.refused = true
+		if c.v5 && c.client.up.Load() { // [MQTT-3.14.0-1]
+			c.end() // frees a writer whose client does not read
+			_, _ = c.Write(disconnect(c.failed))
+		}
+		c.onRefuse(c.failed)
+	}
+	return c.failed
+}
+
+// follow gives the number of bytes before the packet that is refused.
+func (c *frameConn) follow(p []byte) (good int, err error) {
+	all := len(p)
 	for len(p) > 0 {
 		if !c.inHeader {
 			n := min(uint32(len(p)), c.remain) //nolint:gosec // a read buffer
@@ -84,6 +130,9 @@ func (c *frameConn) follow(p []byte) error {
 			}
 			continue
 		}
+		if c.header == 0 {
+			good = all - len(p)
+		}
 		b := p[0]
 		p = p[1:]
 		c.header++
@@ -94,8 +143,8 @@ func (c *frameConn) follow(p []byte) error {
 		c.remain |= uint32(b&0x7f) << c.shift
 		c.shift += 7
 		if b&0x80 != 0 {
-			if c.shift >= 28 {
-				continue // a fifth length byte: mochi refuses it as malformed
+			if c.header == 5 {
+				return good, errLength
 			}
 			continue
 		}
@@ -104,21 +153,26 @@ func (c *frameConn) follow(p []byte) error {
 			limit = min(limit, maxConnect)
 		}
 		if c.remain+c.header > limit {
-			return errTooLarge{c.remain + c.header, limit}
+			return good, errTooLarge{c.remain + c.header, limit}
 		}
 		c.inHeader = c.remain == 0
 		if c.inHeader {
-			c.header, c.shift = 0, 0
+			c.header, c.shift, c.first = 0, 0, false
 		}
 	}
-	return nil
+	return good, nil
 }
 
-// disconnectTooLarge is a DISCONNECT with reason code 0x95 and a reason string
-// [MQTT-3.14.2.1].
-func disconnectTooLarge(reason string) []byte {
+// disconnect is a DISCONNECT with the reason code of the error, 0x95 or 0x81,
+// and its text as the reason string [MQTT-3.14.2.1].
+func disconnect(err error) []byte {
+	code := byte(codePacketTooLarge)
+	if errors.Is(err, errLength) {
+		code = codeMalformed
+	}
+	reason := err.Error()
 	reason = reason[:min(len(reason), 100)]
 	props := append([]byte{0x1f, 0, byte(len(reason))}, reason...)
-	body := append([]byte{0x95, byte(len(props))}, props...)
+	body := append([]byte{code, byte(len(props))}, props...)
 	return append([]byte{0xe0, byte(len(body))}, body...)
 }

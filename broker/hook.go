@@ -4,7 +4,9 @@ import (
 	"errors"
 	"net"
 	"sort"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
@@ -20,23 +22,34 @@ import (
 type hook struct {
 	mqtt.HookBase
 	b *Broker
-	// clients is per connection, from CONNECT to the end of the connection.
-	clients sync.Map // net.Conn → *client
 }
 
-// client is what we know of a connection beside its queue.
+// client is one connection, from accept to its end. Where nothing else is said
+// its fields are the reader goroutine's, on which mochi calls most hooks.
 type client struct {
-	id     access.Identity
-	reason string // for the next CONNACK or SUBACK
-	will   *store.Will
-	conn   *conn
+	fc   *frameConn
+	done chan struct{} // closed when the connection is gone with all that belonged to it
+
+	id      access.Identity
+	mq      *mqtt.Client // set before claimed and up
+	claimed bool         // it holds its client id
+	conn    *conn        // set before up
+	up      atomic.Bool  // CONNACK is out
+	reason  string       // for the next CONNACK or SUBACK
+	will    *store.Will
+	bye     bool // it sent DISCONNECT 0x00: no Will
+	ended   bool
+
+	hang   sync.Once
+	hungUp chan struct{} // closed when the farewell is over; nil before hang
 
 	// existing holds the filters of the SUBSCRIBE in progress that were
-	// subscribed before; it is the reader goroutine's.
+	// subscribed before.
 	existing map[string]bool
 
-	mu     sync.Mutex
-	exact2 map[uint16]struct{} // QoS 2 publishes waiting for their PUBREL [MQTT-4.3.3-10]
+	mu       sync.Mutex
+	exact2   map[uint16]struct{} // QoS 2 publishes waiting for their PUBREL [MQTT-4.3.3-10]
+	unacked1 int                 // QoS 1 publishes not yet acknowledged
 }
 
 // ID implements mqtt.Hook.
@@ -45,24 +58,36 @@ func (h *hook) ID() string { return "fairlead" }
 // Provides implements mqtt.Hook.
 func (h *hook) Provides(what byte) bool {
 	switch what {
-	case mqtt.OnConnectAuthenticate, mqtt.OnACLCheck, mqtt.OnSessionEstablished, mqtt.OnDisconnect,
-		mqtt.OnPacketRead, mqtt.OnPacketEncode, mqtt.OnSubscribe, mqtt.OnSubscribed, mqtt.OnPublish:
+	case mqtt.OnConnect, mqtt.OnConnectAuthenticate, mqtt.OnACLCheck, mqtt.OnSessionEstablished, mqtt.OnDisconnect,
+		mqtt.OnPacketRead, mqtt.OnPacketProcessed, mqtt.OnPacketEncode, mqtt.OnSubscribe, mqtt.OnSubscribed, mqtt.OnPublish:
 		return true
 	}
 	return false
 }
 
 func (h *hook) client(cl *mqtt.Client) *client {
-	if c, ok := h.clients.Load(cl.Net.Conn); ok {
-		return c.(*client)
+	if fc, ok := cl.Net.Conn.(*frameConn); ok {
+		return fc.client
+	}
+	return nil
+}
+
+// maxKeepAlive is the longest keepalive of which mochi can compute one and a
+// half: it does so in 16 bits.
+const maxKeepAlive = 43690
+
+// OnConnect implements mqtt.Hook.
+func (h *hook) OnConnect(cl *mqtt.Client, _ packets.Packet) error {
+	if cl.State.Keepalive > maxKeepAlive {
+		cl.State.Keepalive, cl.State.ServerKeepalive = maxKeepAlive, true // [MQTT-3.1.2-21]
 	}
 	return nil
 }
 
 // OnConnectAuthenticate implements mqtt.Hook.
 func (h *hook) OnConnectAuthenticate(cl *mqtt.Client, pk packets.Packet) bool {
-	c := &client{exact2: map[uint16]struct{}{}}
-	h.clients.Store(cl.Net.Conn, c)
+	c := h.client(cl)
+	c.mq = cl
 	refuse := func(why string, err error) bool {
 		c.reason = err.Error()
 		h.b.metrics.refused.WithLabelValues(why).Inc()
@@ -87,11 +112,24 @@ func (h *hook) OnConnectAuthenticate(cl *mqtt.Client, pk packets.Packet) bool {
 		cl.Properties.Clean = true // sessions end with their connection until they are stored
 	}
 	if w := cl.Properties.Will; w.Flag != 0 {
-		if err := id.MayPublish(topic.Topic(w.TopicName), h.b.opts.Node); err != nil {
+		wp := pk.Connect.WillProperties
+		c.will = &store.Will{
+			ClientID: cl.ID, Topic: w.TopicName, Payload: w.Payload, QoS: w.Qos, Retain: w.Retain,
+			Expiry: wp.MessageExpiryInterval, Props: props(&wp),
+		}
+		cl.Properties.Will = mqtt.Will{} // ours from here
+		m := fromWill(c.will)
+		m.From = id
+		if err := m.check(h.b.opts.Node); err != nil {
+			var r *Refusal
+			if errors.As(err, &r) {
+				err = errors.New("will: " + r.Reason)
+			}
 			return refuse("will", err)
 		}
-		c.will = &store.Will{ClientID: cl.ID, Topic: w.TopicName, Payload: w.Payload, QoS: w.Qos, Retain: w.Retain}
-		cl.Properties.Will = mqtt.Will{} // ours from here
+	}
+	if err := h.b.claim(c); err != nil {
+		return refuse("closed", err)
 	}
 	return true
 }
@@ -133,11 +171,16 @@ func (h *hook) OnACLCheck(cl *mqtt.Client, filter string, write bool) bool {
 // OnSessionEstablished implements mqtt.Hook: CONNACK is out.
 func (h *hook) OnSessionEstablished(cl *mqtt.Client, _ packets.Packet) {
 	c := h.client(cl)
-	c.conn = newConn(h.b, cl, c.id)
+	c.conn = newConn(h.b, c)
+	go c.conn.run()
 	h.b.mu.Lock()
+	closed := h.b.mu.closed
 	h.b.mu.conns[cl.ID] = c.conn
 	h.b.mu.Unlock()
-	go c.conn.run()
+	c.up.Store(true)
+	if closed {
+		h.b.hangUp(c, packets.ErrServerShuttingDown)
+	}
 	if c.will != nil {
 		h.b.enqueue(op{putWill: c.will})
 	}
@@ -145,35 +188,121 @@ func (h *hook) OnSessionEstablished(cl *mqtt.Client, _ packets.Packet) {
 }
 
 // OnDisconnect implements mqtt.Hook.
-func (h *hook) OnDisconnect(cl *mqtt.Client, err error, _ bool) {
-	c := h.client(cl)
-	if c == nil || c.conn == nil {
+func (h *hook) OnDisconnect(cl *mqtt.Client, err error, _ bool) { h.b.end(h.client(cl), err) }
+
+// end takes a connection out of the routing and publishes its Will.
+func (b *Broker) end(c *client, err error) {
+	if c.conn == nil || c.ended {
 		return
 	}
-	h.b.mu.Lock()
-	if h.b.mu.conns[cl.ID] == c.conn {
-		delete(h.b.mu.conns, cl.ID)
+	c.ended = true
+	b.mu.Lock()
+	if b.mu.conns[c.mq.ID] == c.conn {
+		delete(b.mu.conns, c.mq.ID)
 	}
-	h.b.mu.Unlock()
+	b.mu.Unlock()
 	c.conn.close()
 	if c.will != nil {
 		o := op{delWill: c.will.ClientID}
-		if err != nil { // [MQTT-3.1.2-8]; without an error it was a DISCONNECT [MQTT-3.14.4-3]
-			o.msgs = []Message{{Topic: topic.Topic(c.will.Topic), Payload: c.will.Payload, QoS: c.will.QoS, Retain: c.will.Retain, From: c.id, ClientID: cl.ID}}
+		if !c.bye { // [MQTT-3.1.2-8] [MQTT-3.14.4-3]
+			m := fromWill(c.will)
+			m.From = c.id
+			o.msgs, o.intercept, o.done = []Message{m}, true, b.willDone(c.will)
 		}
-		h.b.enqueue(o)
+		b.enqueue(o)
 	}
-	h.b.log.Debug("client gone", "client", cl.ID, "remote", cl.Net.Remote, "reason", err)
+	b.log.Debug("client gone", "client", c.mq.ID, "remote", c.mq.Net.Remote, "reason", err)
+}
+
+// willDone tells of a Will that was refused; there is no client any more to tell.
+func (b *Broker) willDone(w *store.Will) func(error) {
+	return func(err error) {
+		if err != nil {
+			b.log.Warn("will not published", "client", w.ClientID, "topic", w.Topic, "error", err)
+		}
+	}
+}
+
+// claim gives a client its client id. Whoever has it is disconnected, and the
+// claim holds when all that was the other's is gone: so the other's Will comes
+// before anything of the new client's, and mochi never has to mix two sessions.
+func (b *Broker) claim(c *client) error {
+	id := c.mq.ID
+	for {
+		b.mu.Lock()
+		if b.mu.closed {
+			b.mu.Unlock()
+			return ErrClosed
+		}
+		other := b.mu.claims[id]
+		if other == nil {
+			b.mu.claims[id], c.claimed = c, true
+			b.mu.Unlock()
+			return nil
+		}
+		b.mu.Unlock()
+		b.hangUp(other, packets.ErrSessionTakenOver) // [MQTT-3.1.4-3]
+		<-other.done
+	}
+}
+
+// hangUp ends a connection without waiting for it. A client of MQTT 5 is told
+// why, and has a second to hear it.
+func (b *Broker) hangUp(c *client, code packets.Code) {
+	c.hang.Do(func() {
+		if !c.up.Load() {
+			_ = c.fc.Close()
+			return
+		}
+		c.fc.end()
+		hungUp := make(chan struct{})
+		c.mu.Lock()
+		c.hungUp = hungUp
+		c.mu.Unlock()
+		// A deadline does not free every kind of connection from a write that
+		// does not end; closing it does.
+		force := time.AfterFunc(farewell, func() { _ = c.fc.Close() })
+		go func() {
+			defer close(hungUp)
+			defer force.Stop()
+			if c.mq.Properties.ProtocolVersion == 5 {
+				_ = b.mqtt.DisconnectClient(c.mq, code)
+			} else {
+				c.mq.Stop(code)
+			}
+			_ = c.fc.Close()
+		}()
+	})
 }
 
 // OnPacketRead implements mqtt.Hook: acknowledgements of what we sent.
 func (h *hook) OnPacketRead(cl *mqtt.Client, pk packets.Packet) (packets.Packet, error) {
-	if pk.FixedHeader.Type == packets.Puback {
-		if c := h.client(cl); c != nil && c.conn != nil {
-			c.conn.acked(pk.PacketID)
+	c := h.client(cl)
+	if c == nil || c.conn == nil {
+		return pk, nil
+	}
+	switch pk.FixedHeader.Type {
+	case packets.Puback:
+		c.conn.acked(pk.PacketID)
+	case packets.Publish:
+		// mochi drops these without an answer, and the client would wait for ever.
+		if pk.FixedHeader.Qos > 0 && pk.PacketID > 0 && strings.HasPrefix(pk.TopicName, "$") &&
+			!strings.ContainsAny(pk.TopicName, "+#") && !mqtt.IsValidFilter(pk.TopicName, true) {
+			h.b.metrics.refused.WithLabelValues("topic").Inc()
+			h.answer(c, pk, &Refusal{Code: CodeTopicInvalid, Kind: "topic", Reason: "topics that begin with $SYS or $share are the broker's"})
 		}
 	}
 	return pk, nil
+}
+
+// OnPacketProcessed implements mqtt.Hook.
+func (h *hook) OnPacketProcessed(cl *mqtt.Client, pk packets.Packet, err error) {
+	// Only this reason code discards the Will [MQTT-3.14.4-3].
+	if pk.FixedHeader.Type == packets.Disconnect && err == nil && pk.ReasonCode == 0 {
+		if c := h.client(cl); c != nil {
+			c.bye = true
+		}
+	}
 }
 
 // OnPacketEncode implements mqtt.Hook: it completes answers that mochi builds.
@@ -217,6 +346,9 @@ func (h *hook) OnSubscribe(cl *mqtt.Client, pk packets.Packet) packets.Packet {
 		}
 		pk.Filters[i].Qos = min(pk.Filters[i].Qos, 1)
 	}
+	if c != nil && c.conn != nil && cl.State.Subscriptions.Len()+len(pk.Filters) > maxSubscriptions {
+		c.conn.stop(errSubscriptions)
+	}
 	return pk
 }
 
@@ -233,7 +365,11 @@ func (h *hook) OnSubscribed(cl *mqtt.Client, pk packets.Packet, codes []byte) {
 		if sub.RetainHandling == 2 || sub.RetainHandling == 1 && c.existing[sub.Filter] { // [MQTT-3.3.1-10] [MQTT-3.3.1-11]
 			continue
 		}
-		c.conn.replay(&replay{filter: topic.Filter(sub.Filter), qos: sub.Qos, subIDs: subscriptionIDs(sub.Identifiers)})
+		r := &replay{filter: topic.Filter(sub.Filter), qos: sub.Qos}
+		if sub.Identifier > 0 { // [MQTT-3.3.4-3]
+			r.subIDs = []int{sub.Identifier}
+		}
+		c.conn.replay(r)
 	}
 }
 
@@ -261,11 +397,27 @@ func (h *hook) OnPublish(cl *mqtt.Client, pk packets.Packet) (packets.Packet, er
 	h.b.metrics.received.Inc()
 	m := fromPacket(pk)
 	m.From, m.ClientID = c.id, cl.ID
-	if pk.FixedHeader.Qos == 2 {
+	v5 := cl.Properties.ProtocolVersion == 5
+	switch pk.FixedHeader.Qos {
+	case 1:
+		c.mu.Lock()
+		c.unacked1++
+		over := c.unacked1+len(c.exact2) > receiveMaximum
+		c.mu.Unlock()
+		if over && v5 { // [MQTT-3.3.4-7]
+			h.b.hangUp(c, packets.ErrReceiveMaximum)
+			return pk, packets.ErrRejectPacket
+		}
+	case 2:
 		c.mu.Lock()
 		_, again := c.exact2[pk.PacketID]
 		c.exact2[pk.PacketID] = struct{}{}
+		over := c.unacked1+len(c.exact2) > receiveMaximum
 		c.mu.Unlock()
+		if over && v5 {
+			h.b.hangUp(c, packets.ErrReceiveMaximum)
+			return pk, packets.ErrRejectPacket
+		}
 		if again {
 			c.conn.ack(answer(pk, nil))
 			return pk, packets.ErrRejectPacket
@@ -274,23 +426,16 @@ func (h *hook) OnPublish(cl *mqtt.Client, pk packets.Packet) (packets.Packet, er
 	done := func(err error) {
 		if err != nil {
 			h.refused(cl, &m, err)
-			c.mu.Lock()
-			delete(c.exact2, pk.PacketID)
-			c.mu.Unlock()
 		}
-		if pk.FixedHeader.Qos > 0 {
-			if cl.Properties.ProtocolVersion < 5 {
-				var r *Refusal
-				if err != nil && !errors.As(err, &r) {
-					// MQTT 3.1.1 has no negative answer. What could not be
-					// stored must not be acknowledged: end the connection.
-					c.conn.stop(err)
-					return
-				}
-				err = nil // a refused message may be acknowledged [MQTT 3.1.1, 3.3.5-2]
-			}
-			c.conn.ack(answer(pk, err))
+		c.mu.Lock()
+		switch {
+		case pk.FixedHeader.Qos == 1:
+			c.unacked1--
+		case pk.FixedHeader.Qos == 2 && err != nil && v5:
+			delete(c.exact2, pk.PacketID) // [MQTT-4.3.3-9]
 		}
+		c.mu.Unlock()
+		h.answer(c, pk, err)
 	}
 	if err := m.check(h.b.opts.Node); err != nil {
 		done(err)
@@ -298,6 +443,24 @@ func (h *hook) OnPublish(cl *mqtt.Client, pk packets.Packet) (packets.Packet, er
 	}
 	h.b.enqueue(op{msgs: []Message{m}, intercept: true, done: done})
 	return pk, packets.ErrRejectPacket
+}
+
+// answer acknowledges a publish, or refuses it.
+func (h *hook) answer(c *client, pk packets.Packet, err error) {
+	if pk.FixedHeader.Qos == 0 {
+		return
+	}
+	if err != nil && c.mq.Properties.ProtocolVersion < 5 {
+		var r *Refusal
+		if !errors.As(err, &r) {
+			// MQTT 3.1.1 has no negative answer. What could not be stored must
+			// not be acknowledged: end the connection.
+			c.conn.stop(err)
+			return
+		}
+		err = nil // a refused message may be acknowledged [MQTT 3.1.1, 3.3.5-2]
+	}
+	c.conn.ack(answer(pk, err))
 }
 
 // check refuses what the publisher must not publish.
@@ -351,13 +514,4 @@ func answer(pk packets.Packet, err error) packets.Packet {
 		a.ReasonCode, a.Properties.ReasonString = CodeImplementation, err.Error()
 	}
 	return a
-}
-
-// goodbye tells a client that the broker is shutting down and hangs up. The
-// deadline frees it from a socket that does not drain.
-func (b *Broker) goodbye(cl *mqtt.Client) {
-	if cl.Net.Conn != nil {
-		_ = cl.Net.Conn.SetDeadline(time.Now().Add(time.Second))
-	}
-	_ = b.mqtt.DisconnectClient(cl, packets.ErrServerShuttingDown)
 }

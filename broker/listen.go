@@ -1,12 +1,15 @@
 package broker
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -36,8 +39,7 @@ func (b *Broker) Listen(addr string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		b.serve(l, raw)
-		return "mqtt://" + l.Addr().String(), nil
+		return "mqtt://" + l.Addr().String(), b.serve(l, raw, nil)
 	case "ws":
 		l, err := listenTCP(u.Host)
 		if err != nil {
@@ -47,15 +49,16 @@ func (b *Broker) Listen(addr string) (string, error) {
 		if path == "" {
 			path = "/"
 		}
-		b.serveWS(l, raw, path)
-		return "ws://" + l.Addr().String() + path, nil
+		return "ws://" + l.Addr().String() + path, b.serveWS(l, raw, path)
 	case "unix":
+		if u.Path == "" || u.Host != "" {
+			return "", fmt.Errorf("listen %q: want unix:///absolute/path", raw)
+		}
 		l, err := listenUnix(u.Path)
 		if err != nil {
 			return "", err
 		}
-		b.serve(l, raw)
-		return "unix://" + u.Path, nil
+		return "unix://" + u.Path, b.serve(l, raw, nil)
 	default:
 		return "", fmt.Errorf("listen %q: scheme %q is not one of mqtt, ws, unix", raw, u.Scheme)
 	}
@@ -76,20 +79,24 @@ func listenTCP(hostport string) (net.Listener, error) {
 	return l, nil
 }
 
-// listenUnix opens a socket file that only its owner's group may use. A file
-// that a killed process left behind is replaced; one that answers is not.
+// listenUnix opens a socket file that only its owner's group may use. A socket
+// that a killed process left behind is replaced; one that answers, or another
+// kind of file, is not.
 func listenUnix(path string) (net.Listener, error) {
-	if path == "" {
-		return nil, errors.New("listen unix: want unix:///absolute/path")
-	}
 	if len(path) > 107 {
 		return nil, fmt.Errorf("listen unix %s: the path has %d characters, the system allows 107; choose a shorter data folder", path, len(path))
 	}
-	if c, err := net.Dial("unix", path); err == nil {
-		_ = c.Close()
-		return nil, fmt.Errorf("listen unix %s: another process answers there; stop it or choose another path", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		_ = os.Remove(path)
+	if fi, err := os.Lstat(path); err == nil {
+		// Connecting to a plain file is refused just as to a socket without owner.
+		if fi.Mode()&os.ModeSocket == 0 {
+			return nil, fmt.Errorf("listen unix %s: a file that is no socket is in the way; move it or choose another path", path)
+		}
+		if c, err := net.Dial("unix", path); err == nil {
+			_ = c.Close()
+			return nil, fmt.Errorf("listen unix %s: another process answers there; stop it or choose another path", path)
+		} else if errors.Is(err, syscall.ECONNREFUSED) {
+			_ = os.Remove(path)
+		}
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -101,12 +108,24 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, nil
 }
 
-func (b *Broker) serve(l net.Listener, id string) {
+// serve accepts connections until l is closed, by closing where it is given.
+func (b *Broker) serve(l net.Listener, id string, closing func()) error {
+	if closing == nil {
+		closing = func() { _ = l.Close() }
+	}
 	b.mu.Lock()
-	b.mu.listeners = append(b.mu.listeners, l)
+	closed := b.mu.closed
+	if !closed {
+		b.mu.listeners = append(b.mu.listeners, closing)
+		b.wg.Add(1)
+	}
 	b.mu.Unlock()
+	if closed {
+		closing()
+		return ErrClosed
+	}
+	b.inheritWills()
 	slots := make(chan struct{}, b.opts.MaxClients)
-	b.wg.Add(1)
 	go func() {
 		defer b.wg.Done()
 		for {
@@ -140,22 +159,65 @@ func (b *Broker) serve(l net.Listener, id string) {
 			}()
 		}
 	}()
+	return nil
 }
 
 // handle runs one connection to its end.
-func (b *Broker) handle(c net.Conn, listener string) {
-	select {
-	case <-b.stopping:
-		_ = c.Close()
-		return
-	default:
-	}
-	fc := newFrameConn(c, b.opts.MaxPacket, func(err error) {
+func (b *Broker) handle(nc net.Conn, listener string) {
+	c := &client{done: make(chan struct{}), exact2: map[uint16]struct{}{}}
+	c.fc = newFrameConn(nc, b.opts.MaxPacket, b.opts.ConnectDeadline, func(err error) {
 		b.metrics.refused.WithLabelValues("packet_size").Inc()
-		b.denied.log(b.log, "packet refused", c.RemoteAddr().String(), "remote", c.RemoteAddr().String(), "listener", listener, "error", err)
+		b.denied.log(b.log, "packet refused", nc.RemoteAddr().String(), "remote", nc.RemoteAddr().String(), "listener", listener, "error", err)
 	})
-	_ = b.mqtt.EstablishConnection(listener, fc)
-	b.hook.clients.Delete(fc)
+	c.fc.client = c
+	b.mu.Lock()
+	closed := b.mu.closed
+	if !closed {
+		b.mu.live[c] = struct{}{}
+	}
+	b.mu.Unlock()
+	if closed {
+		_ = nc.Close()
+		return
+	}
+	defer b.forget(c)
+	// mochi's decoders panic on some malformed packets, such as a SUBSCRIBE that
+	// ends after a filter: one client's bytes must not end the broker.
+	defer func() {
+		if r := recover(); r != nil {
+			b.metrics.refused.WithLabelValues("malformed").Inc()
+			b.denied.log(b.log, "malformed packet", nc.RemoteAddr().String(), "remote", nc.RemoteAddr().String(), "listener", listener, "panic", r, "stack", string(debug.Stack()))
+			b.end(c, fmt.Errorf("malformed packet: %v", r))
+		}
+	}()
+	_ = b.mqtt.EstablishConnection(listener, c.fc)
+}
+
+// forget removes what is left of a connection.
+func (b *Broker) forget(c *client) {
+	_ = c.fc.Close()
+	c.hang.Do(func() {}) // no farewell from here on
+	c.mu.Lock()
+	hungUp := c.hungUp
+	c.mu.Unlock()
+	if hungUp != nil {
+		<-hungUp
+	}
+	if c.conn != nil {
+		c.conn.close()
+	}
+	if c.claimed {
+		// mochi forgets them itself, but not where CONNACK failed.
+		b.mqtt.UnsubscribeClient(c.mq)
+		b.mqtt.Clients.Delete(c.mq.ID)
+	}
+	b.mu.Lock()
+	delete(b.mu.live, c)
+	if c.claimed {
+		delete(b.mu.claims, c.mq.ID)
+	}
+	b.mu.Unlock()
+	close(c.done)
 }
 
 // Pipe connects a client inside this process: what the client says of itself
@@ -170,6 +232,7 @@ func (b *Broker) Pipe() (net.Conn, error) {
 	if closed {
 		return nil, ErrClosed
 	}
+	b.inheritWills()
 	here, there := net.Pipe()
 	go func() {
 		defer b.wg.Done()
@@ -181,17 +244,20 @@ func (b *Broker) Pipe() (net.Conn, error) {
 // InProcess is the listener's name of connections made with [Broker.Pipe].
 const InProcess = "in-process"
 
-func (b *Broker) serveWS(l net.Listener, id, path string) {
+func (b *Broker) serveWS(l net.Listener, id, path string) error {
 	conns := newQueueListener(l.Addr())
 	up := websocket.Upgrader{
 		Subprotocols:     []string{wsconn.Subprotocol},
-		HandshakeTimeout: connectDeadline,
+		HandshakeTimeout: b.opts.ConnectDeadline,
 		ReadBufferSize:   2048,
 		WriteBufferSize:  2048,
 		CheckOrigin:      b.originAllowed,
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if path != "/" && r.URL.Path != path {
+			http.Error(w, "MQTT over WebSocket is at "+path, http.StatusNotFound)
+			return
+		}
 		if !slices.Contains(websocket.Subprotocols(r), wsconn.Subprotocol) {
 			http.Error(w, "this is MQTT over WebSocket: ask for subprotocol mqtt", http.StatusBadRequest)
 			return
@@ -207,29 +273,42 @@ func (b *Broker) serveWS(l net.Listener, id, path string) {
 			_ = ws.Close()
 		}
 	})
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: connectDeadline, IdleTimeout: connectDeadline, MaxHeaderBytes: 16 << 10}
-	b.mu.Lock()
-	b.mu.listeners = append(b.mu.listeners, srv)
-	b.mu.Unlock()
-	b.wg.Add(1)
+	srv := &http.Server{
+		Handler: handler, ReadHeaderTimeout: b.opts.ConnectDeadline, IdleTimeout: b.opts.ConnectDeadline, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(b.log.Handler(), slog.LevelDebug),
+	}
+	ended := make(chan struct{})
 	go func() {
-		defer b.wg.Done()
+		defer close(ended)
 		if err := srv.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
 			b.log.Error("websocket listener ended", "listener", id, "error", err)
 		}
 	}()
-	b.serve(conns, id)
+	return b.serve(conns, id, func() {
+		_ = conns.Close()
+		// Shutdown waits for the handshakes under way.
+		ctx, cancel := context.WithTimeout(context.Background(), farewell)
+		defer cancel()
+		_ = srv.Shutdown(ctx)
+		_ = srv.Close()
+		<-ended
+	})
 }
 
 // originAllowed lets in programs (which send no Origin), pages from the
-// listener's own host, and the origins that the operator named.
+// listener's own address, and the origins that the operator named. The address
+// must be a literal one: behind a name, anybody's page could make itself the
+// listener's by pointing its own name here (DNS rebinding).
 func (b *Broker) originAllowed(r *http.Request) bool {
 	o := r.Header.Get("Origin")
 	if o == "" || slices.Contains(b.opts.AllowedOrigins, o) {
 		return true
 	}
 	u, err := url.Parse(o)
-	return err == nil && strings.EqualFold(u.Host, r.Host)
+	if err != nil || !strings.EqualFold(u.Host, r.Host) {
+		return false
+	}
+	return strings.EqualFold(u.Hostname(), "localhost") || net.ParseIP(u.Hostname()) != nil
 }
 
 // queueListener is a net.Listener over connections made elsewhere.

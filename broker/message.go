@@ -27,6 +27,15 @@ type Message struct {
 	ClientID string
 }
 
+// size is what the message weighs in a queue.
+func (m *Message) size() int {
+	n := 256 + len(m.Topic) + len(m.Payload) + len(m.Props.ContentType) + len(m.Props.ResponseTopic) + len(m.Props.CorrelationData)
+	for _, u := range m.Props.User {
+		n += 32 + len(u[0]) + len(u[1])
+	}
+	return n
+}
+
 func (m *Message) expired(now time.Time) bool {
 	return m.Expires != 0 && m.Expires <= now.UnixMilli()
 }
@@ -49,14 +58,27 @@ const (
 	CodeTopicInvalid   = 0x90
 	CodeQuotaExceeded  = 0x97
 	CodePayloadFormat  = 0x99
+
+	codeMalformed      = 0x81
+	codePacketTooLarge = 0x95
 )
 
 // Interceptor sees every message on the core before it is stored. It may refuse
 // it with a *[Refusal] and may add messages that are stored in the same batch
 // and published with it, even where it refuses. It must not block, and reads
 // the retained state with [Broker.Retained].
+//
+// What it saw may still come to nothing, when the store refuses the batch. One
+// that keeps a memory of what it saw implements [Undoer] as well.
 type Interceptor interface {
 	Intercept(m *Message) (also []Message, err error)
+}
+
+// Undoer is an [Interceptor] with a memory. Undone tells it, on the core, that
+// messages that it let pass were not stored after all: the retained state is
+// what counts.
+type Undoer interface {
+	Undone()
 }
 
 // Durability says when a retained message must be on the disk.
@@ -96,23 +118,42 @@ func fromPacket(pk packets.Packet) Message {
 		Payload: pk.Payload,
 		QoS:     pk.FixedHeader.Qos,
 		Retain:  pk.FixedHeader.Retain,
-		Props: store.Props{
-			ContentType:     pk.Properties.ContentType,
-			ResponseTopic:   pk.Properties.ResponseTopic,
-			CorrelationData: pk.Properties.CorrelationData,
-		},
+		Props:   props(&pk.Properties),
 	}
-	if pk.Properties.PayloadFormatFlag {
-		f := pk.Properties.PayloadFormat
-		m.Props.PayloadFormat = &f
-	}
-	for _, u := range pk.Properties.User {
-		m.Props.User = append(m.Props.User, [2]string{u.Key, u.Val})
-	}
-	if e := pk.Properties.MessageExpiryInterval; e > 0 {
-		m.Expires = time.Now().Add(time.Duration(e) * time.Second).UnixMilli()
-	}
+	m.Expires = expires(pk.Properties.MessageExpiryInterval)
 	return m
+}
+
+func props(from *packets.Properties) store.Props {
+	p := store.Props{
+		ContentType:     from.ContentType,
+		ResponseTopic:   from.ResponseTopic,
+		CorrelationData: from.CorrelationData,
+	}
+	if from.PayloadFormatFlag {
+		f := from.PayloadFormat
+		p.PayloadFormat = &f
+	}
+	for _, u := range from.User {
+		p.User = append(p.User, [2]string{u.Key, u.Val})
+	}
+	return p
+}
+
+// expires turns an expiry interval in seconds into a time; 0 is never.
+func expires(seconds uint32) int64 {
+	if seconds == 0 {
+		return 0
+	}
+	return time.Now().Add(time.Duration(seconds) * time.Second).UnixMilli()
+}
+
+// fromWill makes a message of a CONNECT's Will, as it will be published.
+func fromWill(w *store.Will) Message {
+	return Message{
+		Topic: topic.Topic(w.Topic), Payload: w.Payload, QoS: w.QoS, Retain: w.Retain,
+		Expires: expires(w.Expiry), Props: w.Props, ClientID: w.ClientID,
+	}
 }
 
 func (m *Message) packet(qos byte, retain bool, id uint16, subIDs []int) packets.Packet {

@@ -3,6 +3,7 @@ package broker
 import (
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/tidwall/btree"
 
@@ -68,6 +69,20 @@ func (r *retained) next(f topic.Filter, after string) (*Message, bool) {
 		return false
 	})
 	return found, found != nil
+}
+
+// expired lists up to n topics whose time is over.
+func (r *retained) expired(now time.Time, n int) []topic.Topic {
+	var out []topic.Topic
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	r.tree.Scan(func(_ string, m *Message) bool {
+		if m.expired(now) {
+			out = append(out, m.Topic)
+		}
+		return len(out) < n
+	})
+	return out
 }
 
 // match lists all messages that the filter selects, sorted by topic.

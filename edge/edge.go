@@ -85,7 +85,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	log = log.With("node", cfg.Node)
 	if err := prepare(cfg); err != nil {
 		return err
 	}

@@ -77,12 +77,19 @@ type Config struct {
 	Logger *slog.Logger
 }
 
+// goodbye bounds how long DISCONNECT may take.
+const goodbye = time.Second
+
 // ErrOffline says that there is no connection at the moment.
 var ErrOffline = errors.New("not connected to the broker")
 
 // ErrLost says that the connection ended before the broker acknowledged: the
 // message may or may not have arrived.
 var ErrLost = errors.New("connection lost before the broker acknowledged")
+
+// errStuck says that the message was not sent because as many as the broker
+// allows wait for their answer.
+var errStuck = errors.New("the broker has acknowledged nothing for 10 s")
 
 // Refused is a broker's negative answer, with its reason.
 type Refused struct {
@@ -198,7 +205,7 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 	}
 	conn.client = paho.NewClient(paho.ClientConfig{
 		ClientID:    c.cfg.ClientID,
-		Conn:        packets.NewThreadSafeConn(nc),
+		Conn:        newPacketConn(nc),
 		Session:     conn.session,
 		PingHandler: &pinger{},
 		OnPublishReceived: []func(paho.PublishReceived) (bool, error){func(p paho.PublishReceived) (bool, error) {
@@ -235,7 +242,12 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 	if c.cfg.Will != nil {
 		bye.ReasonCode = 0x04
 	}
-	defer func() { _ = conn.client.Disconnect(bye) }()
+	defer func() {
+		// A link that is dead or full does not take a goodbye.
+		force := time.AfterFunc(goodbye, func() { _ = nc.Close() })
+		defer force.Stop()
+		_ = conn.client.Disconnect(bye)
+	}()
 
 	if err := c.subscribe(ctx, conn); err != nil {
 		return false, err
@@ -381,6 +393,10 @@ func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
 		return answer, nil
 	case errors.Is(err, session.ErrNoConnection), errors.Is(err, net.ErrClosed):
 		return nil, ErrOffline
+	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil: // paho's own
+		return nil, fmt.Errorf("publish %q: %w", m.Topic, errStuck)
+	case m.QoS == 0 && !errors.Is(err, paho.ErrInvalidArguments) && ctx.Err() == nil:
+		return nil, fmt.Errorf("publish %q: %w: %w", m.Topic, ErrLost, err)
 	case err != nil && !errors.Is(err, paho.ErrNetworkErrorAfterStored):
 		return nil, fmt.Errorf("publish %q: %w", m.Topic, err)
 	}

@@ -133,7 +133,8 @@ func (i *Inbox) Reset() {
 	defer i.mu.Unlock()
 	for _, n := range i.mu.nodes {
 		n.have = digest.NewSet()
-		n.heard, n.differs, n.asked, n.want = false, time.Time{}, "", nil
+		n.heard, n.differs, n.due, n.pause = false, time.Time{}, time.Time{}, 0
+		n.asked, n.want, n.wanted = "", nil, nil
 	}
 }
 
@@ -215,6 +216,7 @@ func (i *Inbox) Manifest(node string, m payload.SyncManifest, correlation []byte
 		i.mu.Unlock()
 		return // late, or meant for another receiver
 	}
+	n.writer = m.Digest // as new as any, and the digest's own message may be lost
 	for t, h := range m.Topics {
 		if have, ok := n.have.Get(prefix + t); !ok || have != h {
 			n.want = append(n.want, t)
@@ -243,7 +245,9 @@ func (i *Inbox) Manifest(node string, m payload.SyncManifest, correlation []byte
 		i.cfg.Absent(t)
 	}
 	i.mu.Lock()
-	n.after(m.Next)
+	if n.asked == string(correlation) { // nothing began anew meanwhile
+		n.after(m.Next)
+	}
 	i.mu.Unlock()
 	i.signal()
 }
@@ -344,6 +348,9 @@ func (i *Inbox) requestLocked(name string, n *inNode, after string) request {
 func (i *Inbox) finishLocked(name string, n *inNode) []request {
 	n.asked = ""
 	slices.Sort(n.want)
+	if n.wanted == nil {
+		n.wanted = map[string]struct{}{}
+	}
 	for _, w := range n.want {
 		n.wanted[topic.Root+"/"+name+"/"+w] = struct{}{}
 	}

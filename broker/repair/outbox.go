@@ -30,11 +30,16 @@ import (
 // PageSize is the number of topics in one page of a manifest.
 const PageSize = 2000
 
+// maxPages bounds the manifests that wait to be sent; the receiver asks again.
+const maxPages = 1024
+
 // digestDelay coalesces digests: one follows the last change by this much, at
 // the latest digestMax after the first.
 const (
 	digestDelay = 50 * time.Millisecond
 	digestMax   = time.Second
+	// digestRetry is when a digest that the broker refused is published again.
+	digestRetry = 5 * time.Second
 )
 
 // Sender sends messages in order and tells their fate; *client.Client is one.
@@ -78,11 +83,11 @@ type outNode struct {
 	force     bool      // publish the digest even if it did not change
 	first     time.Time // of the changes that no digest covers yet
 	last      time.Time
+	retry     time.Time // not before
 }
 
 type page struct {
 	node, after string
-	to          string // response topic
 	correlation []byte
 }
 
@@ -203,7 +208,8 @@ func (o *Outbox) Pending() int {
 }
 
 // Request takes a receiver's request. to and correlation are the request's
-// response topic and correlation data.
+// response topic and correlation data. The answer goes to the manifest's topic
+// and nowhere else: a receiver must not choose what the writer writes to.
 func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlation []byte) {
 	prefix := topic.Root + "/" + node + "/"
 	o.mu.Lock()
@@ -220,13 +226,17 @@ func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlat
 		o.touchLocked(t, true)
 		n.force = true
 	}
-	if r.Manifest && len(o.mu.pages) < 1024 {
-		if to == "" {
-			to = string(topic.SyncManifest(node, o.cfg.Direction))
+	dropped := false
+	if r.Manifest {
+		dropped = len(o.mu.pages) >= maxPages || to != "" && to != string(topic.SyncManifest(node, o.cfg.Direction))
+		if !dropped {
+			o.mu.pages = append(o.mu.pages, page{node: node, after: r.After, correlation: correlation})
 		}
-		o.mu.pages = append(o.mu.pages, page{node: node, after: r.After, to: to, correlation: correlation})
 	}
 	o.mu.Unlock()
+	if dropped {
+		o.log.Warn("request for the manifest ignored: too many wait, or it names a foreign response topic", "node", node)
+	}
 	if len(r.Want) > 0 {
 		o.log.Info("repair: publishing again", "node", node, "direction", o.cfg.Direction.String(), "topics", len(r.Want))
 	}
@@ -234,8 +244,9 @@ func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlat
 }
 
 type sentItem struct {
-	t   topic.Topic
-	ack <-chan error
+	t      topic.Topic
+	digest string // the node, where it is a digest
+	ack    <-chan error
 }
 
 // Run sends until ctx, which is one connection's, ends or sending fails. It
@@ -250,9 +261,12 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 	var inflight []sentItem
 	defer func() {
 		for _, it := range inflight {
-			o.again(it.t)
+			if it.digest == "" {
+				o.again(it.t)
+			}
 		}
 	}()
+	var looked time.Time // for digests that are due
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -268,16 +282,20 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 			}
 			inflight = o.reap(inflight)
 			// Digests are due even while there is always something to send.
-			if _, err := o.digests(ctx, s, false); err != nil {
-				return err
+			if now := time.Now(); now.Sub(looked) > digestDelay {
+				looked = now
+				if _, inflight, err = o.digests(ctx, s, false, inflight); err != nil {
+					return err
+				}
 			}
 			continue
 		}
 		if err := o.manifests(ctx, s); err != nil {
 			return err
 		}
-		wait, err := o.digests(ctx, s, true)
-		if err != nil {
+		var wait time.Duration
+		var err error
+		if wait, inflight, err = o.digests(ctx, s, true, inflight); err != nil {
 			return err
 		}
 		timer.Reset(wait)
@@ -291,7 +309,7 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 		case <-o.wake:
 		case <-timer.C:
 		case err := <-head:
-			o.finish(inflight[0].t, err)
+			o.finish(inflight[0], err)
 			inflight = inflight[1:]
 			if errors.Is(err, client.ErrLost) {
 				return err
@@ -305,7 +323,7 @@ func (o *Outbox) reap(inflight []sentItem) []sentItem {
 	for len(inflight) > 0 {
 		select {
 		case err := <-inflight[0].ack:
-			o.finish(inflight[0].t, err)
+			o.finish(inflight[0], err)
 			inflight = inflight[1:]
 		default:
 			return inflight
@@ -314,18 +332,27 @@ func (o *Outbox) reap(inflight []sentItem) []sentItem {
 	return nil
 }
 
-func (o *Outbox) finish(t topic.Topic, err error) {
+func (o *Outbox) finish(it sentItem, err error) {
 	if err == nil {
 		return
 	}
 	var refused *client.Refused
-	if errors.As(err, &refused) {
+	switch {
+	case !errors.As(err, &refused):
+		if it.digest == "" { // every connection begins with the digests
+			o.again(it.t)
+		}
+	case it.digest != "":
+		o.log.Warn("digest refused by the broker, will try again", "topic", it.t, "error", err)
+		o.mu.Lock()
+		n := o.nodeLocked(it.digest)
+		n.force, n.retry = true, time.Now().Add(digestRetry)
+		o.mu.Unlock()
+	default:
 		// Sending it again would be refused again. The digest shows that it is
 		// missing, and the receiver asks for it when it can take it.
-		o.log.Error("state refused by the broker", "topic", t, "error", err)
-		return
+		o.log.Error("state refused by the broker", "topic", it.t, "error", err)
 	}
-	o.again(t)
 }
 
 func (o *Outbox) nextDirty() (t topic.Topic, must, ok bool) {
@@ -369,12 +396,13 @@ func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic, must bool) (
 	if err != nil {
 		return sentItem{}, err
 	}
-	return sentItem{t, ack}, nil
+	return sentItem{t: t, ack: ack}, nil
 }
 
-// digests publishes the digests that are due and tells how long to wait for
-// the next one. idle says that nothing waits to be sent.
-func (o *Outbox) digests(ctx context.Context, s Sender, idle bool) (time.Duration, error) {
+// digests publishes the digests that are due, adds them to what is in flight
+// and tells how long to wait for the next one. idle says that nothing waits to
+// be sent.
+func (o *Outbox) digests(ctx context.Context, s Sender, idle bool, inflight []sentItem) (time.Duration, []sentItem, error) {
 	wait := time.Hour
 	type out struct {
 		node string
@@ -397,11 +425,14 @@ func (o *Outbox) digests(ctx context.Context, s Sender, idle bool) (time.Duratio
 		if !idle && !n.known {
 			continue // first everything that waits, then the first digest
 		}
+		if n.known && n.retry.After(at) {
+			at = n.retry
+		}
 		if at.After(now) {
 			wait = min(wait, at.Sub(now))
 			continue
 		}
-		n.first = time.Time{}
+		n.first, n.retry = time.Time{}, time.Time{}
 		d := payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()}
 		if n.known && !n.force && d == n.published {
 			continue
@@ -411,12 +442,14 @@ func (o *Outbox) digests(ctx context.Context, s Sender, idle bool) (time.Duratio
 	}
 	o.mu.Unlock()
 	for _, d := range due {
-		_, err := s.Send(ctx, client.Message{Topic: o.cfg.Direction.Digest(d.node), Payload: payload.Encode(d.d), QoS: 1, Retain: true})
+		t := o.cfg.Direction.Digest(d.node)
+		ack, err := s.Send(ctx, client.Message{Topic: t, Payload: payload.Encode(d.d), QoS: 1, Retain: true})
 		if err != nil {
-			return 0, err
+			return 0, inflight, err
 		}
+		inflight = append(inflight, sentItem{t: t, digest: d.node, ack: ack})
 	}
-	return wait, nil
+	return wait, inflight, nil
 }
 
 func (o *Outbox) manifests(ctx context.Context, s Sender) error {
@@ -448,7 +481,7 @@ func (o *Outbox) manifests(ctx context.Context, s Sender) error {
 			m.Topics[t[len(prefix):]] = h
 		}
 		o.mu.Unlock()
-		_, err := s.Send(ctx, client.Message{Topic: topic.Topic(pg.to), Payload: payload.Encode(m), QoS: 1, CorrelationData: pg.correlation})
+		_, err := s.Send(ctx, client.Message{Topic: topic.SyncManifest(pg.node, o.cfg.Direction), Payload: payload.Encode(m), QoS: 1, CorrelationData: pg.correlation})
 		if err != nil {
 			return err
 		}

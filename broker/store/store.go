@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -58,8 +59,8 @@ type Options struct {
 // ErrDiskFull is returned by commits while the disk has less than the reserve free.
 var ErrDiskFull = errors.New("disk full")
 
-// ErrFailed is returned by commits after the store met an error that it cannot
-// recover from; a restart opens it again with all that was committed.
+// ErrFailed is returned by commits after the store met an error. Where a
+// restart is needed it says so; that opens it again with all that was committed.
 var ErrFailed = errors.New("store failed")
 
 // ErrInUse is wrapped by [Open] where another process has the store.
@@ -102,6 +103,9 @@ type Will struct {
 	Payload  []byte `json:"payload"`
 	QoS      byte   `json:"qos"`
 	Retain   bool   `json:"retain"`
+	// Expiry is the interval in seconds after which the published Will dies; 0 is never.
+	Expiry uint32 `json:"expiry,omitempty"`
+	Props  Props  `json:"props,omitzero"`
 }
 
 // Store is an open store. Its methods may be called from any goroutine.
@@ -111,8 +115,13 @@ type Store struct {
 	reserve int64
 	log     *slog.Logger
 	failed  atomic.Pointer[error]
-	checked atomic.Int64 // UnixNano of the last look at the free space
+	failure chan struct{} // closed when failed is set
+	checked atomic.Int64  // UnixNano of the last look at the free space
+	written atomic.Int64  // bytes since then
 	full    atomic.Bool
+	trouble atomic.Pointer[error] // of the last flush or compaction, which is tried again
+	usage   atomic.Uint64         // as last read
+	closed  atomic.Bool
 	opts    Options
 }
 
@@ -124,26 +133,42 @@ func Open(dir string, o Options) (s *Store, aside string, err error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	s, err = open(dir, o)
-	if err == nil || !corrupt(err) || o.FS != nil {
+	if err == nil || !Corrupt(err) || o.FS != nil {
 		return s, "", err
 	}
-	aside = fmt.Sprintf("%s.broken-%s", dir, time.Now().UTC().Format("20060102T150405.000"))
-	if rerr := os.Rename(dir, aside); rerr != nil {
-		return nil, "", fmt.Errorf("%w; setting it aside failed too: %w", err, rerr)
+	if aside, err = SetAside(dir, err, o.Logger); err != nil {
+		return nil, "", err
 	}
-	o.Logger.Error("store is corrupt, set aside and begun anew", "dir", dir, "aside", aside, "error", err)
 	s, err = open(dir, o)
 	return s, aside, err
 }
 
-// corrupt tells damage, which is worth setting the store aside for, from
+// SetAside renames a corrupt store that is not open, and gives its new name.
+// cause is why.
+func SetAside(dir string, cause error, log *slog.Logger) (aside string, err error) {
+	aside = fmt.Sprintf("%s.broken-%s", dir, time.Now().UTC().Format("20060102T150405.000000"))
+	if rerr := os.Rename(dir, aside); rerr != nil {
+		return "", fmt.Errorf("%w; setting it aside failed too: %w; move %s away yourself", cause, rerr, dir)
+	}
+	log.Error("store is corrupt, set aside and begun anew", "dir", dir, "aside", aside, "error", cause)
+	return aside, nil
+}
+
+// errCorrupt marks damage that this package found itself.
+var errCorrupt = errors.New("corrupt store")
+
+// Corrupt tells damage, which is worth setting the store aside for, from
 // trouble that goes away by itself or by the operator's hand.
-func corrupt(err error) bool {
-	if errors.Is(err, ErrInUse) || errors.Is(err, ErrNewer) || errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.ENOSPC) {
+func Corrupt(err error) bool {
+	if errors.Is(err, ErrInUse) || errors.Is(err, ErrNewer) {
 		return false
 	}
-	if pebble.IsCorruptionError(err) || errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, errCorrupt) || pebble.IsCorruptionError(err) || errors.Is(err, os.ErrNotExist) {
 		return true
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return false // the system's trouble: permissions, a full disk, too many files
 	}
 	// Pebble does not mark every damage; these are its words for a manifest,
 	// options file or log that cannot be read.
@@ -156,7 +181,7 @@ func corrupt(err error) bool {
 }
 
 func open(dir string, o Options) (*Store, error) {
-	s := &Store{dir: dir, reserve: o.ReserveBytes, log: o.Logger, opts: o}
+	s := &Store{dir: dir, reserve: o.ReserveBytes, log: o.Logger, opts: o, failure: make(chan struct{})}
 	if s.reserve == 0 {
 		s.reserve = DefaultReserve
 	}
@@ -189,9 +214,20 @@ func open(dir string, o Options) (*Store, error) {
 		DisableTableStats:           true,
 		FormatMajorVersion:          pebble.FormatNewest,
 		Logger:                      &logger{s},
-		LoggerAndTracer:             nil,
+		EventListener: &pebble.EventListener{
+			BackgroundError: func(err error) { s.trouble.Store(&err) },
+			FlushEnd: func(i pebble.FlushInfo) {
+				if i.Err == nil {
+					s.trouble.Store(nil)
+				}
+			},
+		},
 	}
-	db, err := pebble.Open(dir, po)
+	var db *pebble.DB
+	err := s.guard(func() (err error) {
+		db, err = pebble.Open(dir, po)
+		return err
+	})
 	if err != nil {
 		if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) && fileExists(filepath.Join(dir, "LOCK")) ||
 			strings.Contains(err.Error(), "lock held by current process") {
@@ -200,8 +236,8 @@ func open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("store %s: %w", dir, err)
 	}
 	s.db = db
-	if err := s.checkFormat(); err != nil {
-		return nil, errors.Join(err, db.Close())
+	if err := s.guard(s.checkFormat); err != nil {
+		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
 }
@@ -231,7 +267,7 @@ func (s *Store) checkFormat() error {
 	defer func() { _ = closer.Close() }()
 	got, n := binary.Uvarint(v)
 	if n <= 0 {
-		return fmt.Errorf("store %s: corrupt format record %x", s.dir, v)
+		return fmt.Errorf("store %s: %w: format record %x", s.dir, errCorrupt, v)
 	}
 	if got > format {
 		return fmt.Errorf("store %s: %w: it has format %d, this program knows up to %d; install the newer version again", s.dir, ErrNewer, got, format)
@@ -241,10 +277,11 @@ func (s *Store) checkFormat() error {
 
 // Close closes the store. Nothing that was committed with sync is lost without it.
 func (s *Store) Close() error {
+	s.closed.Store(true)
 	if e := s.failed.Load(); e != nil {
 		return nil // Pebble's locks are as the failure left them; the next start recovers
 	}
-	if err := s.db.Close(); err != nil {
+	if err := s.guard(s.db.Close); err != nil {
 		return fmt.Errorf("store %s: close: %w", s.dir, err)
 	}
 	return nil
@@ -255,12 +292,23 @@ func (s *Store) Err() error {
 	if e := s.failed.Load(); e != nil {
 		return *e
 	}
+	if e := s.trouble.Load(); e != nil {
+		// What was acknowledged is in the log; more of it would end in a stall.
+		kind := ErrFailed
+		if errors.Is(*e, syscall.ENOSPC) {
+			kind = ErrDiskFull
+		}
+		return fmt.Errorf("%w: %w; check the disk of %s, it is tried again", kind, *e, s.dir)
+	}
 	if s.reserve < 0 || s.opts.FS != nil {
 		return nil
 	}
 	// The free space moves slowly against the reserve; once a second is enough.
+	// A burst is not allowed to outrun that.
 	now := time.Now().UnixNano()
-	if last := s.checked.Load(); now-last > int64(time.Second) && s.checked.CompareAndSwap(last, now) {
+	burst := s.written.Load() > s.reserve/8
+	if last := s.checked.Load(); (burst || now-last > int64(time.Second)) && s.checked.CompareAndSwap(last, now) {
+		s.written.Store(0)
 		var st syscall.Statfs_t
 		if err := syscall.Statfs(s.dir, &st); err == nil {
 			free := int64(st.Bavail) * st.Bsize //nolint:gosec // far below 2^63
@@ -280,8 +328,14 @@ func (s *Store) Err() error {
 	return nil
 }
 
-// DiskUsage is the size of the store in bytes.
-func (s *Store) DiskUsage() uint64 { return s.db.Metrics().DiskSpaceUsage() }
+// DiskUsage is the size of the store in bytes; of a store that failed or is
+// closed, what it was before.
+func (s *Store) DiskUsage() uint64 {
+	if s.failed.Load() == nil && !s.closed.Load() {
+		s.usage.Store(s.db.Metrics().DiskSpaceUsage())
+	}
+	return s.usage.Load()
+}
 
 // EachRetained calls fn for every retained message, sorted by topic. The
 // message is fn's to keep. It stops at fn's first error.
@@ -301,7 +355,7 @@ func (s *Store) Wills() ([]Will, error) {
 	err := s.each(keyWill, func(name string, v []byte) error {
 		w := Will{ClientID: name}
 		if err := json.Unmarshal(v, &w); err != nil {
-			return fmt.Errorf("will of %q: %w", name, err)
+			return fmt.Errorf("%w: will of %q: %w", errCorrupt, name, err)
 		}
 		out = append(out, w)
 		return nil
@@ -360,33 +414,43 @@ func (b *Batch) DeleteWill(clientID string) { _ = b.b.Delete(key(keyWill, client
 
 // Commit applies the batch; with sync it returns nil only once the disk has it.
 // The batch is used up whatever the result.
-func (b *Batch) Commit(sync bool) (err error) {
-	defer func() { _ = b.b.Close() }()
+func (b *Batch) Commit(sync bool) error {
 	if b.b.Empty() {
-		return nil
+		return b.b.Close()
 	}
 	if err := b.s.Err(); err != nil {
+		_ = b.b.Close()
 		return err
 	}
-	// Pebble ends a commit that the log could not take by its logger's Fatalf;
-	// ours panics with fatal, so that the broker can answer instead of dying.
-	defer func() {
-		if r := recover(); r != nil {
-			f, ok := r.(fatal)
-			if !ok {
-				panic(r)
-			}
-			err = f.err
-		}
-	}()
+	b.s.written.Add(int64(b.b.Len()))
 	o := pebble.NoSync
 	if sync {
 		o = pebble.Sync
 	}
-	if err := b.b.Commit(o); err != nil {
+	err := b.s.guard(func() error { return errors.Join(b.b.Commit(o), b.b.Close()) })
+	if err != nil && !errors.Is(err, ErrFailed) {
 		return fmt.Errorf("store %s: commit: %w", b.s.dir, err)
 	}
-	return nil
+	return err
+}
+
+// guard runs fn on a goroutine of its own: a store that fails ends the goroutine
+// that it fails on, see logger.Fatalf, and what waits for that one may wait for
+// ever.
+func (s *Store) guard(fn func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- fn() }()
+	select {
+	case err := <-done:
+		return err
+	case <-s.failure:
+		select {
+		case err := <-done: // it ended before
+			return err
+		default:
+			return *s.failed.Load()
+		}
+	}
 }
 
 func key(space byte, name string) []byte {
@@ -410,7 +474,7 @@ func encodeRetained(r Retained) []byte {
 }
 
 func decodeRetained(topic string, v []byte) (Retained, error) {
-	bad := fmt.Errorf("corrupt record of topic %q", topic)
+	bad := fmt.Errorf("%w: record of topic %q", errCorrupt, topic)
 	r := Retained{Topic: topic}
 	if len(v) < 4 || v[0] != 1 {
 		return r, bad
@@ -437,8 +501,6 @@ func decodeRetained(topic string, v []byte) (Retained, error) {
 	return r, nil
 }
 
-type fatal struct{ err error }
-
 // logger carries Pebble's words into slog. Fatalf marks the store as failed.
 type logger struct{ s *Store }
 
@@ -450,9 +512,14 @@ func (l *logger) Errorf(format string, args ...any) {
 	l.s.log.Warn("pebble", "message", fmt.Sprintf(format, args...))
 }
 
+// Fatalf must not return, and Pebble expects the process to end. It is called
+// on the goroutine of a commit or on one of Pebble's own; only that one ends.
+// Every commit from then on is refused, and the process lives to say why.
 func (l *logger) Fatalf(format string, args ...any) {
-	err := fmt.Errorf("%w: %s; restart to open it again, nothing acknowledged is lost", ErrFailed, fmt.Sprintf(format, args...))
-	l.s.failed.CompareAndSwap(nil, &err)
-	l.s.log.Error("store failed, nothing more is acknowledged; check the disk and restart", "dir", l.s.dir, "error", err)
-	panic(fatal{err})
+	err := fmt.Errorf("%w: %s; check the disk and restart to open it again, nothing acknowledged is lost", ErrFailed, fmt.Sprintf(format, args...))
+	if l.s.failed.CompareAndSwap(nil, &err) {
+		close(l.s.failure)
+		l.s.log.Error("store failed, nothing more is acknowledged", "dir", l.s.dir, "error", err)
+	}
+	runtime.Goexit()
 }

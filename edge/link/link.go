@@ -54,6 +54,11 @@ type Link struct {
 
 	since atomic.Int64   // when the present connection was begun
 	wg    sync.WaitGroup // the goroutines of the present connection
+
+	// shown orders what the bus is told of the link: "online" comes from a
+	// goroutine that may be late.
+	shown  sync.Mutex
+	online bool // guarded by shown
 }
 
 // New checks the configuration. It does not dial.
@@ -76,13 +81,10 @@ func New(cfg Config, bus *broker.Broker) (*Link, error) {
 			return &client.Message{Topic: topic.ReportedLink(n), QoS: 1, Retain: true, Payload: l.status(false)}
 		},
 		Subscriptions: []client.Subscription{
-			// Live changes only; what was missed shows in the digest.
-			{Filter: topic.OfKind(n, topic.KindDesiredPod), QoS: 1, RetainHandling: 2},
-			{Filter: topic.OfKind(n, topic.KindDesiredConfigMap), QoS: 1, RetainHandling: 2},
-			{Filter: topic.OfKind(n, topic.KindDesiredSecret), QoS: 1, RetainHandling: 2},
-			{Filter: topic.OfKind(n, topic.KindDesiredDevice), QoS: 1, RetainHandling: 2},
-			{Filter: topic.OfKind(n, topic.KindDesiredTwin), QoS: 1, RetainHandling: 2},
-			{Filter: topic.OfKind(n, topic.KindDesiredDigest), QoS: 1},
+			// Live changes only; what was missed shows in the digest, which alone
+			// is wanted at once.
+			{Filter: topic.Desired.All(n), QoS: 1, RetainHandling: 2},
+			{Filter: topic.Filter(topic.DesiredDigest(n)), QoS: 1},
 			{Filter: topic.OfKind(n, topic.KindSyncDesiredManifest), QoS: 1},
 			{Filter: topic.OfKind(n, topic.KindSyncReportedRequest), QoS: 1},
 			{Filter: topic.OfKind(n, topic.KindReportedLink), QoS: 1, RetainHandling: 2},
@@ -129,6 +131,14 @@ func (l *Link) Run(ctx context.Context) error {
 	for _, m := range l.bus.RetainedMatch(topic.Desired.All(l.cfg.Node)) {
 		l.in.Put(m.Topic, m.Payload)
 	}
+	// Killed, we left word that we are online.
+	if b, ok := l.bus.Retained(topic.ReportedLink(l.cfg.Node)); ok {
+		var s payload.Link
+		if payload.Decode(b, &s) == nil && s.Online {
+			l.since.Store(s.Since)
+			l.local(false)
+		}
+	}
 	// What the cloud has of us is not known; the digest finds out. Assuming
 	// that it has everything makes an equal set cost nothing.
 	for _, m := range l.bus.RetainedMatch(topic.Reported.All(l.cfg.Node)) {
@@ -142,6 +152,9 @@ func (l *Link) Run(ctx context.Context) error {
 		}
 	})
 	if err != nil {
+		if ctx.Err() != nil {
+			return nil // ended before it began
+		}
 		return err
 	}
 	defer stop()
@@ -161,6 +174,9 @@ func reported(t topic.Topic) bool {
 }
 
 func (l *Link) up(ctx context.Context) {
+	l.shown.Lock()
+	l.online = true
+	l.shown.Unlock()
 	l.wg.Add(3)
 	go func() {
 		defer l.wg.Done()
@@ -186,7 +202,11 @@ func (l *Link) announce(ctx context.Context) {
 		l.c.Drop(err)
 		return
 	}
-	l.local(true)
+	l.shown.Lock()
+	defer l.shown.Unlock()
+	if l.online { // else it ended meanwhile, and the bus knows
+		l.local(true)
+	}
 }
 
 // local shows the link's state on the node's own bus.
@@ -199,7 +219,12 @@ func (l *Link) local(online bool) {
 	}
 }
 
-func (l *Link) down(error) { l.local(false) }
+func (l *Link) down(error) {
+	l.shown.Lock()
+	defer l.shown.Unlock()
+	l.online = false
+	l.local(false)
+}
 
 // message takes what the cloud sends, in order. It returns when the message is
 // in the node's store, so that its acknowledgement means just that.
@@ -279,7 +304,7 @@ func (l *Link) store(t topic.Topic, p []byte) {
 	err := l.bus.Publish(ctx, broker.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
 	if err != nil {
 		// The digest goes on to differ, so the repair tries again.
-		l.log.Error("desired state not stored", "topic", t, "error", err)
+		l.log.Warn("desired state not stored, the repair tries again", "topic", t, "error", err)
 		return
 	}
 	l.in.Put(t, p)

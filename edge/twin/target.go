@@ -3,6 +3,7 @@ package twin
 import (
 	"encoding/json"
 	"fmt"
+	"strings"
 
 	"github.com/fairlead-io/fairlead/broker"
 	"github.com/fairlead-io/fairlead/schemas/access"
@@ -142,9 +143,10 @@ func (e *Engine) set(p topic.Parsed, m *broker.Message) ([]broker.Message, error
 	return out, e.count(err)
 }
 
-// mayReply lets an answer go only where its asker could publish itself.
+// mayReply lets an answer go only where its asker could publish itself. Topics
+// with a $ are the broker's.
 func (e *Engine) mayReply(from access.Identity, responseTopic string) bool {
-	if topic.Filter(responseTopic).Prefix() != responseTopic || topic.Owned(responseTopic) {
+	if strings.HasPrefix(responseTopic, "$") || topic.Filter(responseTopic).Prefix() != responseTopic || topic.Owned(responseTopic) {
 		return false
 	}
 	return from.Role == access.Nobody || from.MayPublish(topic.Topic(responseTopic), e.cfg.Node) == nil
@@ -209,7 +211,11 @@ func (e *Engine) expire() []broker.Message {
 			continue
 		}
 		old, had := e.target(t)
-		if !had || old.Exp == 0 || old.Exp > now {
+		if !had || old.Exp == 0 {
+			continue
+		}
+		if old.Exp > now {
+			e.expiries[t] = old.Exp
 			continue
 		}
 		e.log.Info("wish expired", "topic", t, "by", old.By, "rev", old.Rev)

@@ -89,26 +89,44 @@ type Doer interface {
 func (e *Engine) Start(ctx context.Context, b Doer) error {
 	return b.Do(ctx, func() []broker.Message {
 		e.state = b
+		e.load()
 		var out []broker.Message
-		for _, m := range b.RetainedMatch(topic.OfKind(e.cfg.Node, topic.KindDesiredDevice)) {
-			d, err := decodeDevice(m.Payload)
-			if err != nil {
-				e.log.Error("stored device cannot be read; the next repair brings it again", "topic", m.Topic, "error", err)
-				continue
-			}
-			e.devices[d.Key()] = d
+		for _, d := range e.devices {
 			out = append(out, e.retarget(d)...)
-		}
-		for _, m := range b.RetainedMatch(topic.OfKind(e.cfg.Node, topic.KindReportedTarget)) {
-			if t, ok := e.target(m.Topic); ok && t.Exp != 0 {
-				e.expiries[m.Topic] = t.Exp
-			}
 		}
 		// What was left behind by a device that is gone, had we died in between.
 		out = append(out, e.orphans(b)...)
 		e.signal()
 		return out
 	})
+}
+
+// load reads what is kept in memory from the retained topics.
+func (e *Engine) load() {
+	clear(e.devices)
+	clear(e.expiries)
+	for _, m := range e.state.RetainedMatch(topic.OfKind(e.cfg.Node, topic.KindDesiredDevice)) {
+		d, err := decodeDevice(m.Payload)
+		if err != nil {
+			e.log.Error("stored device cannot be read; the next repair brings it again", "topic", m.Topic, "error", err)
+			continue
+		}
+		e.devices[d.Key()] = d
+	}
+	for _, m := range e.state.RetainedMatch(topic.OfKind(e.cfg.Node, topic.KindReportedTarget)) {
+		if t, ok := e.target(m.Topic); ok && t.Exp != 0 {
+			e.expiries[m.Topic] = t.Exp
+		}
+	}
+}
+
+// Undone implements broker.Undoer: what the engine remembers of messages that
+// the store did not take is void.
+func (e *Engine) Undone() {
+	if e.state != nil {
+		e.load()
+		e.signal()
+	}
 }
 
 // Run ends targets when their time is over, until ctx ends.
@@ -310,12 +328,16 @@ func (e *Engine) deviceStatus(p topic.Parsed, m *broker.Message) error {
 	if len(m.Payload) == 0 {
 		return nil
 	}
-	if e.devices[p.Namespace+"/"+p.Name] == nil {
+	d := e.devices[p.Namespace+"/"+p.Name]
+	if d == nil {
 		return refuse(device.Refuse(device.ReasonDevice, "no device %s/%s on node %s", p.Namespace, p.Name, p.Node))
 	}
 	var s payload.DeviceStatus
 	if err := payload.Decode(m.Payload, &s); err != nil {
 		return refuse(device.Refuse(device.ReasonPayload, "%v", err))
+	}
+	if s.UID != d.UID {
+		return refuse(device.Refuse(device.ReasonDevice, "device %s has uid %s, the status is about %q", d.Key(), d.UID, s.UID))
 	}
 	return nil
 }

@@ -188,7 +188,7 @@ func TestNodesAreApart(t *testing.T) {
 	if err := publish(fab.CloudMQTT, string(topic.DesiredDigest("f-one")), "{}", append(auth, "-r")...); err == nil || !strings.Contains(err.Error(), "written by the cloud") {
 		t.Errorf("a node wrote the cloud's topic: %v", err)
 	}
-	if out := subscribeOnce(t, fab.CloudMQTT, "fl/f-two/#", auth...); !strings.Contains(out, "f-one may subscribe below fl/f-one/# only") && !strings.Contains(strings.ToLower(out), "not authorized") {
+	if out := subscribeOnce(t, fab.CloudMQTT, "fl/f-two/#", auth...); !strings.Contains(out, "denied") {
 		t.Errorf("a node subscribed to another's topics: %s", out)
 	}
 	// Without a credential, or with the wrong one, nobody gets in at all.

@@ -107,6 +107,9 @@ func (p *Process) exit() error {
 	return p.err
 }
 
+// Exit says how the process ended; it is for after Done.
+func (p *Process) Exit() error { return p.exit() }
+
 // PID is the process id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -17,10 +18,15 @@ import (
 const Subprotocol = "mqtt"
 
 // Conn is a net.Conn over a WebSocket. Reads and writes may run side by side,
-// but only one of each at a time.
+// but only one of each at a time; deadlines and Close at any time.
 type Conn struct {
 	ws *websocket.Conn
 	r  io.Reader // the rest of the current frame
+
+	// The write deadline is kept here, because the WebSocket's own may not be
+	// set while somebody writes.
+	mu       sync.Mutex
+	deadline time.Time
 }
 
 // New wraps a WebSocket.
@@ -57,6 +63,9 @@ func (c *Conn) Read(p []byte) (int, error) {
 
 // Write sends p as one binary frame.
 func (c *Conn) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	_ = c.ws.SetWriteDeadline(c.deadline)
+	c.mu.Unlock()
 	if err := c.ws.WriteMessage(websocket.BinaryMessage, p); err != nil {
 		return 0, err
 	}
@@ -80,5 +89,10 @@ func (c *Conn) SetDeadline(t time.Time) error {
 // SetReadDeadline bounds reads; one that expired makes the connection useless.
 func (c *Conn) SetReadDeadline(t time.Time) error { return c.ws.SetReadDeadline(t) }
 
-// SetWriteDeadline bounds writes.
-func (c *Conn) SetWriteDeadline(t time.Time) error { return c.ws.SetWriteDeadline(t) }
+// SetWriteDeadline bounds writes, the one in progress as well.
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	c.deadline = t
+	c.mu.Unlock()
+	return c.ws.NetConn().SetWriteDeadline(t)
+}
