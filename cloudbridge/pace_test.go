@@ -1,6 +1,7 @@
 package cloudbridge
 
 import (
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,7 +14,16 @@ func TestPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPace(time.Second, 10*time.Second)
 		q := newQueue()
-		var writes []time.Time
+		var mu sync.Mutex
+		var all []time.Time
+		take := func() []time.Time { // the writes since it was called last
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			out := all
+			all = nil
+			return out
+		}
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
@@ -26,7 +36,9 @@ func TestPace(t *testing.T) {
 				if wait := p.begin(k.name, now); wait > 0 {
 					q.AddAfter(k, wait)
 				} else {
-					writes = append(writes, now)
+					mu.Lock()
+					all = append(all, now)
+					mu.Unlock()
 					p.done(k.name, now)
 				}
 				q.Done(k)
@@ -42,15 +54,15 @@ func TestPace(t *testing.T) {
 			change(false)
 			time.Sleep(100 * time.Millisecond)
 		}
-		synctest.Wait()
+		writes := take()
 		if len(writes) != 6 && len(writes) != 7 {
 			t.Errorf("%d writes in a minute of readings: %v", len(writes), since(begin, writes))
 		}
 		time.Sleep(5 * time.Second)
-		writes = nil
+		take()
 		begin = time.Now()
 		change(true)
-		synctest.Wait()
+		writes = take()
 		if len(writes) != 1 || !writes[0].Equal(begin) {
 			t.Errorf("an urgent change after a pause: %v", since(begin, writes))
 		}
@@ -58,7 +70,7 @@ func TestPace(t *testing.T) {
 			change(true)
 			time.Sleep(100 * time.Millisecond)
 		}
-		synctest.Wait()
+		writes = append(writes, take()...)
 		for i := 1; i < len(writes); i++ {
 			if d := writes[i].Sub(writes[i-1]); d < time.Second {
 				t.Errorf("two writes within %s", d)

@@ -184,12 +184,13 @@ var (
 )
 
 // namespace makes a namespace of the test's own, and empties it at the end.
-func (c *cluster) namespace(t *testing.T, name string) string {
+func (c *cluster) namespace(t *testing.T, prefix string) string {
 	t.Helper()
-	_, err := c.kube.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+	made, err := c.kube.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: prefix + "-"}}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
+	name := made.Name
 	t.Cleanup(func() {
 		ctx := context.Background()
 		_ = c.dyn.Resource(devices).Namespace(name).DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{})

@@ -448,7 +448,7 @@ func TestPod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"configmap/t-pod/by-env", "configmap/t-pod/by-volume", "pod/t-pod/web"}
+	want := []string{"configmap/" + ns + "/by-env", "configmap/" + ns + "/by-volume", "pod/" + ns + "/web"}
 	eventually(t, "the pod and its config", func() bool { return slices.Equal(n.holds(), want) })
 	raw, _ := n.has(topic.DesiredPod(n.name, ns, "web"))
 	var got struct {

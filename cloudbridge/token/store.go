@@ -24,7 +24,7 @@ const (
 	// DefaultNamespace is where the Secrets are.
 	DefaultNamespace = "fairlead-system"
 	// SecretType is the type of a token's Secret.
-	SecretType corev1.SecretType = "fairlead.dev/node-token"
+	SecretType corev1.SecretType = "fairlead.dev/node-token" //nolint:gosec // G101: a type's name, no credential
 	// NodeLabel is the label that names the node.
 	NodeLabel = "fairlead.dev/node"
 

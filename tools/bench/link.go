@@ -59,6 +59,7 @@ func newProxy(upstream string) (*proxy, error) {
 func (p *proxy) addr() string { return p.l.Addr().String() }
 
 func (p *proxy) carry(c *net.TCPConn) {
+	_ = c.SetKeepAlive(false) // the probes would be the proxy's, not the node's or the cloud's
 	u, err := net.Dial("tcp", p.upstream)
 	if err != nil {
 		_ = c.Close()

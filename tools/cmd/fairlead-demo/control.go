@@ -99,7 +99,7 @@ func ask(ctx context.Context, dir, line string) (string, error) {
 	if err != nil && answer == "" {
 		return "", errors.New("the demo ended before it answered")
 	}
-	if why, ok := strings.CutPrefix(answer, "failed: "); ok {
+	if why, ok := strings.CutPrefix(answer, failed); ok {
 		return "", errors.New(why)
 	}
 	return answer, nil

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -50,6 +51,9 @@ type demo struct {
 	parts map[string]*part
 	died  chan death
 	bus   *view
+	wg    sync.WaitGroup
+
+	touched bool // somebody else's cluster was written to
 }
 
 // death says that a process ended.
@@ -169,7 +173,15 @@ func (d *demo) start(ctx context.Context) error {
 	if d.kubeconfig != "" {
 		what = "preparing the cluster of " + d.kubeconfig
 	}
-	if err := d.step(what, func() error { return d.stack.StartCluster(ctx) }); err != nil {
+	if err := d.step(what, func() error {
+		if d.kubeconfig != "" {
+			if _, err := d.stack.Kubectl(ctx, "get", "--raw", "/readyz", "--request-timeout=10s"); err != nil {
+				return fmt.Errorf("the cluster of --kubeconfig %s does not answer: %w", d.kubeconfig, err)
+			}
+			d.touched = true
+		}
+		return d.stack.StartCluster(ctx)
+	}); err != nil {
 		return err
 	}
 	if err := d.wrapper(); err != nil {
@@ -307,7 +319,7 @@ func (d *demo) stall() string {
 		return "the pump station is down"
 	}
 	if err := p.process.Signal(syscall.SIGUSR1); err != nil {
-		return "failed: " + err.Error()
+		return err.Error()
 	}
 	p.stalled = !p.stalled
 	if p.stalled {
@@ -320,6 +332,7 @@ func (d *demo) stall() string {
 func (d *demo) stop() {
 	d.screen.done()
 	done := d.screen.step("stopping")
+	d.wg.Wait()
 	d.bus.stop()
 	d.stack.Stop()
 	for _, p := range d.parts {
@@ -327,8 +340,8 @@ func (d *demo) stop() {
 	}
 	done()
 	line := "stopped; the data stays in " + d.shown(d.dir) + " for the next run"
-	if d.kubeconfig != "" {
-		line += fmt.Sprintf(". In the cluster stay the definitions, node %s and device %s", edgeNode, pump)
+	if d.touched {
+		line += fmt.Sprintf(". In the cluster stay the definitions and policies of fairlead.dev, node %s with its token, device %s, pod and config map dashboard", edgeNode, pump)
 	}
 	d.screen.print(line)
 }

@@ -11,6 +11,8 @@ import (
 
 // live shows how the fabric is doing and takes keys and orders until ctx ends.
 func (d *demo) live(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // ends what waits for the link
 	orders := make(chan order)
 	stop, err := listen(d.dir, orders)
 	if err != nil {
@@ -51,9 +53,7 @@ func (d *demo) live(ctx context.Context) error {
 			return fmt.Errorf("the control plane ended:\n%s", d.stack.Cluster.Tail(5))
 		case o := <-orders:
 			verb, name, _ := strings.Cut(o.line, " ")
-			answer := d.order(ctx, verb, name)
-			o.answer <- answer
-			d.screen.print(strings.TrimPrefix(answer, "failed: "))
+			d.order(ctx, verb, name, o.answer)
 		case k := <-pressed:
 			if k == 'q' || k == 'Q' {
 				return nil
@@ -91,26 +91,58 @@ func (d *demo) bringBack(p *part) string {
 	return s
 }
 
-// order does what was asked for and says what came of it.
-func (d *demo) order(ctx context.Context, verb, name string) string {
+// order does what was asked for and tells what came of it, here and to whoever
+// asked; answer may be nil. After a restart that takes until the link is back
+// and both sides agree, so it is told by and by.
+func (d *demo) order(ctx context.Context, verb, name string, answer chan<- string) {
+	tell := func(s string) {
+		d.screen.print(strings.TrimPrefix(s, failed))
+		if answer != nil {
+			answer <- s
+		}
+	}
 	p := d.parts[name]
 	switch {
 	case p == nil || verb != "start" && verb != "stop":
-		return fmt.Sprintf("failed: no order %q", verb+" "+name)
+		tell(failed + fmt.Sprintf("no order %q", verb+" "+name))
+		return
 	case verb == "start" && p.since.IsZero():
-		return "the " + name + " is up already"
+		tell("the " + name + " is up already")
+		return
 	case verb == "stop" && !p.since.IsZero():
-		return "the " + name + " is down already"
+		tell("the " + name + " is down already")
+		return
 	case verb == "stop":
 		d.down(p)
-		return fmt.Sprintf("the %s is gone: %s. Bring it back with: %s", name, p.says, d.bringBack(p))
+		tell(fmt.Sprintf("the %s is gone: %s. Bring it back with: %s", name, p.says, d.bringBack(p)))
+		return
 	}
-	began, was := time.Now(), p.since
+	was := p.since
 	if err := d.up(ctx, p); err != nil {
-		return "failed: " + strings.ReplaceAll(err.Error(), "\n", " · ")
+		tell(failed + strings.ReplaceAll(err.Error(), "\n", " · "))
+		return
 	}
-	return fmt.Sprintf("the %s is up again, %.1f s after the order, %.0f s after it went", name, time.Since(began).Seconds(), time.Since(was).Seconds())
+	up := fmt.Sprintf("the %s is up again after %.0f s", name, time.Since(was).Seconds())
+	if name != "cloud" && name != "edge" || !d.parts["cloud"].since.IsZero() || !d.parts["edge"].since.IsZero() {
+		tell(up)
+		return
+	}
+	d.screen.print(up + "; the link comes back within its back-off")
+	began := time.Now()
+	d.wg.Go(func() {
+		if err := d.bus.agree(ctx, time.Minute); err != nil {
+			tell(failed + err.Error())
+			return
+		}
+		d.screen.print(fmt.Sprintf("cloud and edge agree again, %.1f s later", time.Since(began).Seconds()))
+		if answer != nil {
+			answer <- fmt.Sprintf("%s; cloud and edge agree, %.1f s later", up, time.Since(began).Seconds())
+		}
+	})
 }
+
+// failed begins an answer that is an error.
+const failed = "failed: "
 
 func (d *demo) key(ctx context.Context, k byte) {
 	toggle := func(name string) {
@@ -118,7 +150,7 @@ func (d *demo) key(ctx context.Context, k byte) {
 		if !d.parts[name].since.IsZero() {
 			verb = "start"
 		}
-		d.screen.print(strings.TrimPrefix(d.order(ctx, verb, name), "failed: "))
+		d.order(ctx, verb, name, nil)
 	}
 	switch k {
 	case 'c', 'C':
@@ -130,7 +162,7 @@ func (d *demo) key(ctx context.Context, k byte) {
 			toggle("station") // somebody killed it
 			return
 		}
-		d.screen.print(strings.TrimPrefix(d.stall(), "failed: "))
+		d.screen.print(d.stall())
 	case 'l', 'L':
 		d.screen.print(list(d.at)...)
 	default:

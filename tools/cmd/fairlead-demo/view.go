@@ -118,29 +118,50 @@ func (v *view) reading(property string) (r payload.Reading, ok bool) {
 
 // wait waits until the device is online and both sides are the same.
 func (v *view) wait(ctx context.Context, limit time.Duration) error {
-	end := time.Now().Add(limit)
-	for tick := time.NewTicker(50 * time.Millisecond); ; {
-		var s payload.DeviceStatus
-		online := v.edge.get(topic.ReportedDevice(edgeNode, "default", pump), &s) && s.State == payload.DeviceOnline
+	var s payload.DeviceStatus
+	err := until(ctx, limit, func() bool {
 		_, value := v.reading("pressure")
-		if _, same := v.same(); online && value && same {
-			tick.Stop()
-			return nil
-		}
-		if time.Now().After(end) {
-			tick.Stop()
-			if !online {
-				return fmt.Errorf("device %s is not online after %s: its state is %q %s", pump, limit, s.State, s.Error)
-			}
-			return errors.New("the cloud and the edge do not agree after " + limit.String())
-		}
+		return value && v.edge.get(topic.ReportedDevice(edgeNode, "default", pump), &s) && s.State == payload.DeviceOnline
+	})
+	if errors.Is(err, errLate) {
+		return fmt.Errorf("device %s is not online after %s: its state is %q %s", pump, limit, s.State, s.Error)
+	}
+	if err != nil {
+		return err
+	}
+	return v.agree(ctx, limit)
+}
+
+// agree waits until the link is up and both sides hold the same.
+func (v *view) agree(ctx context.Context, limit time.Duration) error {
+	err := until(ctx, limit, func() bool {
+		var l payload.Link
+		_, same := v.same()
+		return same && v.cloud.get(topic.ReportedLink(edgeNode), &l) && l.Online
+	})
+	if errors.Is(err, errLate) {
+		return fmt.Errorf("the cloud and the edge do not agree after %s", limit)
+	}
+	return err
+}
+
+var errLate = errors.New("not in time")
+
+// until asks again and again.
+func until(ctx context.Context, limit time.Duration, ok func() bool) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	end := time.After(limit)
+	for !ok() {
 		select {
 		case <-ctx.Done():
-			tick.Stop()
 			return ctx.Err()
+		case <-end:
+			return errLate
 		case <-tick.C:
 		}
 	}
+	return nil
 }
 
 // same compares the node's state on both brokers. known is false while one of
