@@ -64,11 +64,16 @@ func (b *Broker) Listen(addr string) (string, error) {
 	}
 }
 
+// tcpListen probes a silent peer only after two minutes: a client with a
+// keepalive of its own never gets there, and on a metered link each probe costs
+// as much as a ping. It is for clients that connect with keepalive 0.
+var tcpListen = net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 15 * time.Second, Count: 4}}
+
 func listenTCP(hostport string) (net.Listener, error) {
 	if _, _, err := net.SplitHostPort(hostport); err != nil {
 		return nil, fmt.Errorf("listen %q: %w; want host:port, such as 127.0.0.1:1883", hostport, err)
 	}
-	l, err := net.Listen("tcp", hostport)
+	l, err := tcpListen.Listen(context.Background(), "tcp", hostport)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		_, port, _ := net.SplitHostPort(hostport)
 		return nil, fmt.Errorf("listen %s: the port is in use; see who has it with `ss -ltnp 'sport = :%s'`, or choose another: %w", hostport, port, err)

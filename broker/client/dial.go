@@ -68,14 +68,17 @@ func (d *Dialer) String() string { return d.u.String() }
 func (d *Dialer) Dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	var nd net.Dialer
+	// MQTT's own keepalive finds a dead link; TCP's probes would double what an
+	// idle link costs.
+	nd := net.Dialer{KeepAlive: -1}
 	switch d.u.Scheme {
 	case "unix":
 		return nd.DialContext(ctx, "unix", d.u.Path)
 	case "mqtts":
-		return (&tls.Dialer{Config: d.tls}).DialContext(ctx, "tcp", d.u.Host)
+		return (&tls.Dialer{NetDialer: &nd, Config: d.tls}).DialContext(ctx, "tcp", d.u.Host)
 	case "ws", "wss":
 		wd := websocket.Dialer{
+			NetDialContext:   nd.DialContext,
 			Proxy:            http.ProxyFromEnvironment,
 			TLSClientConfig:  d.tls,
 			Subprotocols:     []string{wsconn.Subprotocol},

@@ -66,6 +66,13 @@ func run(m *testing.M) int {
 		fmt.Println(err)
 		return 1
 	}
+	port, err := stack.FreePort()
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	cloudWS = fmt.Sprintf("ws://127.0.0.1:%d/mqtt", port)
+	cloudArgs = append(cloudArgs, "--mqtt", cloudWS)
 	if err := fab.StartCloud(ctx, cloudArgs...); err != nil {
 		fmt.Println(err)
 		return 1
@@ -76,5 +83,9 @@ func run(m *testing.M) int {
 	return code
 }
 
-// cloudArgs make the mirrors in Kubernetes as fresh as law 8 allows.
-var cloudArgs = []string{"--device-status-interval", "1s"}
+// cloudArgs make the mirrors in Kubernetes as fresh as law 8 allows, and add a
+// WebSocket listener for nodes: cloudWS.
+var (
+	cloudArgs = []string{"--device-status-interval", "1s"}
+	cloudWS   string
+)

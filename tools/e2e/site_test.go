@@ -29,6 +29,7 @@ type site struct {
 	edge   *stack.Edge
 	mapper *stack.Process
 	slave  *testslave.Slave
+	extra  []string // of the agent's command line
 }
 
 // The device of the tests: where its properties lie on the slave.
@@ -60,15 +61,16 @@ spec:
   modbus: {address: "%[3]s", unit: 1, timeout: 300ms}
 `
 
-// newSite starts a node, its mapper and a slave, and applies the device.
-func newSite(t *testing.T, node string) *site {
+// newSite starts a node, its mapper and a slave, and applies the device. Extra
+// arguments go to the agent's command line.
+func newSite(t *testing.T, node string, extra ...string) *site {
 	t.Helper()
-	s := &site{t: t, ns: node, slave: testslave.Start(t)}
+	s := &site{t: t, ns: node, slave: testslave.Start(t), extra: extra}
 	kubectl(t, "create", "namespace", s.ns)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	var err error
-	if s.edge, err = fab.StartEdge(ctx, &stack.Edge{Node: node}); err != nil {
+	if s.edge, err = fab.StartEdge(ctx, &stack.Edge{Node: node}, extra...); err != nil {
 		t.Fatal(err)
 	}
 	if s.mapper, err = fab.StartMapper(ctx, s.edge); err != nil {
@@ -97,7 +99,7 @@ func (s *site) restartEdge() {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), 2*patience)
 	defer cancel()
-	if _, err := fab.StartEdge(ctx, s.edge); err != nil {
+	if _, err := fab.StartEdge(ctx, s.edge, s.extra...); err != nil {
 		s.t.Fatal(err)
 	}
 }
