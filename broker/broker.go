@@ -30,6 +30,9 @@ type Options struct {
 	Authenticate func(ConnectInfo) (access.Identity, error)
 	// Interceptors are asked in order.
 	Interceptors []Interceptor
+	// Presence is told on the core of every client that connected or left; nil
+	// for nobody. It must not block.
+	Presence func(id access.Identity, up bool)
 	// Durability is [EdgeDurability] where it is nil.
 	Durability func(topic.Topic) Durability
 	// Checkpoint is how often checkpointed messages are written; 60 s where it is 0.

@@ -184,6 +184,7 @@ func (h *hook) OnSessionEstablished(cl *mqtt.Client, _ packets.Packet) {
 	if c.will != nil {
 		h.b.enqueue(op{putWill: c.will})
 	}
+	h.b.present(c, true)
 	h.b.log.Debug("client connected", "client", cl.ID, "remote", cl.Net.Remote, "listener", cl.Net.Listener)
 }
 
@@ -211,7 +212,15 @@ func (b *Broker) end(c *client, err error) {
 		}
 		b.enqueue(o)
 	}
+	b.present(c, false)
 	b.log.Debug("client gone", "client", c.mq.ID, "remote", c.mq.Net.Remote, "reason", err)
+}
+
+// present tells of a client that came or went.
+func (b *Broker) present(c *client, up bool) {
+	if b.opts.Presence != nil {
+		b.enqueue(op{fn: func() []Message { b.opts.Presence(c.id, up); return nil }})
+	}
 }
 
 // willDone tells of a Will that was refused; there is no client any more to tell.

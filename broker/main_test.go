@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -19,7 +21,29 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(child) != "" {
+		os.Exit(m.Run())
+	}
 	goleak.VerifyTestMain(m)
+}
+
+// child names the variable that marks a process started by alone.
+const child = "FAIRLEAD_TEST_CHILD"
+
+// alone runs the test in a process of its own and tells whether this is it: a
+// store that failed leaves Pebble's goroutines behind until the process ends.
+func alone(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(child) != "" {
+		return true
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), child+"=1")
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	return false
 }
 
 var time0 time.Time

@@ -29,10 +29,21 @@ func mapperToken(dir string) (string, error) {
 		return "", fmt.Errorf("mapper token: %w", err)
 	}
 	t := strings.TrimSpace(string(b))
-	if len(t) < 32 {
+	if len(t) < 32 || !printable(t) {
 		return "", fmt.Errorf("mapper token %s is damaged: remove it, and the next start makes a new one", path)
 	}
 	return t, nil
+}
+
+// printable tells whether a token is one word that can be written down; what a
+// power cut leaves of a file is not.
+func printable(token string) bool {
+	for i := range len(token) {
+		if token[i] <= ' ' || token[i] > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 // authenticate tells who a client of the node's own bus is: with the mappers'

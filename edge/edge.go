@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/fairlead-io/fairlead/broker"
+	"github.com/fairlead-io/fairlead/broker/store"
 	"github.com/fairlead-io/fairlead/edge/link"
 	"github.com/fairlead-io/fairlead/edge/node"
 	"github.com/fairlead-io/fairlead/edge/twin"
@@ -63,6 +64,9 @@ func (c *Config) Validate() error {
 	if len(c.MQTT) == 0 {
 		return errors.New("no listener: give --mqtt, such as 127.0.0.1:1883")
 	}
+	if c.Checkpoint < 0 {
+		return fmt.Errorf("checkpoint %s: want a time above 0, such as 60s", c.Checkpoint)
+	}
 	if c.Cloud != "" && c.TokenFile == "" {
 		return fmt.Errorf("the cloud wants a credential: make one with `fairlead token create --node %s`, put it into a file and give --token-file", c.Node)
 	}
@@ -102,6 +106,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		Dir: filepath.Join(cfg.Dir, "store"), Node: cfg.Node,
 		Authenticate: authenticate(mapperToken),
 		Interceptors: []broker.Interceptor{engine},
+		Presence:     engine.Presence,
 		Durability:   broker.EdgeDurability,
 		Checkpoint:   cfg.Checkpoint,
 		// A gateway has dozens of clients, not thousands.
@@ -117,13 +122,24 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		log.Error("the store was corrupt; it was set aside and the node begins anew from the cloud's state", "aside", aside)
 	}
 	if err := engine.Start(ctx, bus); err != nil {
-		return fmt.Errorf("twins: %w", err)
+		if ctx.Err() != nil {
+			return nil // ended before it began
+		}
+		// Without room nothing changes, but what is there goes on working.
+		if !errors.Is(err, store.ErrDiskFull) {
+			return fmt.Errorf("twins: %w", err)
+		}
+		log.Error("disk full: what became void while the node was off stays until there is room", "error", err)
 	}
-	if err := describe(ctx, bus, cfg); err != nil {
+	if err := describe(ctx, bus, cfg); err != nil && ctx.Err() == nil {
 		log.Error("node not described", "error", err)
 	}
 	var l *link.Link
-	if cfg.Cloud != "" {
+	if cfg.Cloud == "" {
+		if err := unlink(ctx, bus, cfg.Node); err != nil && ctx.Err() == nil {
+			log.Warn("the bus still shows a link to the cloud", "error", err)
+		}
+	} else {
 		l, err = link.New(link.Config{
 			Node: cfg.Node, URL: cfg.Cloud, Token: token, KeepAlive: cfg.KeepAlive, Agent: cfg.Version, Metrics: reg, Logger: log,
 		}, bus)
@@ -160,6 +176,15 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	return g.Wait()
 }
 
+// unlink takes back what an earlier run said of its link to the cloud.
+func unlink(ctx context.Context, bus *broker.Broker, node string) error {
+	t := topic.ReportedLink(node)
+	if _, ok := bus.Retained(t); !ok {
+		return nil
+	}
+	return bus.Publish(ctx, broker.Message{Topic: t, QoS: 1, Retain: true})
+}
+
 // prepare makes the data folder and checks that it is this node's.
 func prepare(cfg Config) error {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
@@ -174,7 +199,11 @@ func prepare(cfg Config) error {
 		return fmt.Errorf("data folder: %w", err)
 	}
 	var id identity
-	if err := json.Unmarshal(b, &id); err != nil {
+	err = json.Unmarshal(b, &id)
+	if err == nil && id.Node == "" {
+		err = errors.New("it names no node")
+	}
+	if err != nil {
 		return fmt.Errorf("%s cannot be read: %w; if the folder is node %s's, write {\"node\":%q} into it", path, err, cfg.Node, cfg.Node)
 	}
 	if id.Node != cfg.Node {
@@ -194,7 +223,10 @@ func writeFile(path string, b []byte) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
-	return os.Rename(f.Name(), path)
+	if err := os.Rename(f.Name(), path); err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
 }
 
 func readToken(cfg Config) (string, error) {
@@ -207,7 +239,10 @@ func readToken(cfg Config) (string, error) {
 	}
 	t := strings.TrimSpace(string(b))
 	if t == "" {
-		return "", fmt.Errorf("token file %s is empty", cfg.TokenFile)
+		return "", fmt.Errorf("token file %s is empty; make a token with `fairlead token create --node %s > %s`", cfg.TokenFile, cfg.Node, cfg.TokenFile)
+	}
+	if !printable(t) {
+		return "", fmt.Errorf("token file %s is damaged: want one line as `fairlead token create --node %s` writes it", cfg.TokenFile, cfg.Node)
 	}
 	return t, nil
 }

@@ -216,6 +216,10 @@ func open(dir string, o Options) (*Store, error) {
 		Logger:                      &logger{s},
 		EventListener: &pebble.EventListener{
 			BackgroundError: func(err error) { s.trouble.Store(&err) },
+			// Pebble's own ends the process. Whoever reads gets the error as well.
+			DataCorruption: func(i pebble.DataCorruptionInfo) {
+				s.log.Error("store is damaged", "dir", dir, "file", i.Path, "error", i.Details)
+			},
 			FlushEnd: func(i pebble.FlushInfo) {
 				if i.Err == nil {
 					s.trouble.Store(nil)
@@ -518,8 +522,8 @@ func (l *logger) Errorf(format string, args ...any) {
 func (l *logger) Fatalf(format string, args ...any) {
 	err := fmt.Errorf("%w: %s; check the disk and restart to open it again, nothing acknowledged is lost", ErrFailed, fmt.Sprintf(format, args...))
 	if l.s.failed.CompareAndSwap(nil, &err) {
-		close(l.s.failure)
 		l.s.log.Error("store failed, nothing more is acknowledged", "dir", l.s.dir, "error", err)
+		close(l.s.failure)
 	}
 	runtime.Goexit()
 }

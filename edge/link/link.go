@@ -270,6 +270,10 @@ func (l *Link) message(m client.Message) {
 			}()
 		}
 	default:
+		if d, ok := p.Direction(); !ok || d != topic.Desired {
+			l.log.Warn("message ignored: not the cloud's to write", "topic", m.Topic)
+			return
+		}
 		l.desired(m)
 	}
 }

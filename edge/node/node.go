@@ -53,7 +53,7 @@ func osRelease(key string) string {
 			if u, err := strconv.Unquote(v); err == nil {
 				return u
 			}
-			return v
+			return strings.Trim(v, "'")
 		}
 	}
 	return ""

@@ -196,8 +196,9 @@ func (e *Engine) local(p topic.Parsed, m *broker.Message) (payload.Target, error
 	}, nil
 }
 
-// expire ends the targets whose time is over. A local wish gives way to the
-// cloud's, if there is one; otherwise there is no target any more.
+// expire ends the targets whose time is over. They give way to the cloud's wish
+// that is in the store, if that has not expired; otherwise there is no target
+// any more.
 func (e *Engine) expire() []broker.Message {
 	now := payload.Millis(e.now())
 	var out []broker.Message
@@ -219,8 +220,7 @@ func (e *Engine) expire() []broker.Message {
 			continue
 		}
 		e.log.Info("wish expired", "topic", t, "by", old.By, "rev", old.Rev)
-		d := e.devices[p.Namespace+"/"+p.Name]
-		if d != nil && old.By == payload.ByLocal {
+		if d := e.devices[p.Namespace+"/"+p.Name]; d != nil {
 			if w, ok := e.wishOf(d, p.Property); ok && (w.Exp == 0 || w.Exp > now) {
 				n := fromWish(&w, old.Rev, now)
 				n.Rev = payload.NextRev(old.Rev, e.now())

@@ -15,6 +15,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,6 +45,8 @@ type Engine struct {
 	devices map[string]*device.Device // by namespace/name
 
 	expiries map[topic.Topic]int64 // targets that end, by topic
+	present  map[string]int        // connections of each mapper
+	absent   map[string]int64      // when a mapper that is away counts as gone
 	wake     chan struct{}
 
 	refused *prometheus.CounterVec
@@ -60,7 +63,8 @@ type State interface {
 func New(cfg Config) *Engine {
 	e := &Engine{
 		cfg: cfg, log: cfg.Logger, now: cfg.Now,
-		devices: map[string]*device.Device{}, expiries: map[topic.Topic]int64{}, wake: make(chan struct{}, 1),
+		devices: map[string]*device.Device{}, expiries: map[topic.Topic]int64{},
+		present: map[string]int{}, absent: map[string]int64{}, wake: make(chan struct{}, 1),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "fairlead_twin_wishes_refused_total", Help: "Local wishes and readings refused, by reason."}, []string{"reason"}),
 		targets: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -84,18 +88,22 @@ type Doer interface {
 	Do(context.Context, func() []broker.Message) error
 }
 
-// Start loads the devices from the retained topics. It belongs before the
-// broker's first listener, so that nobody writes to an engine without devices.
+// Start loads the devices from the retained topics and puts right what time
+// made wrong. It belongs before the broker's first listener, so that nobody
+// writes to an engine without devices or reads a target that expired.
 func (e *Engine) Start(ctx context.Context, b Doer) error {
 	return b.Do(ctx, func() []broker.Message {
 		e.state = b
 		e.load()
 		var out []broker.Message
 		for _, d := range e.devices {
+			out = append(out, e.clear(d.Namespace, d.Name, d)...)
 			out = append(out, e.retarget(d)...)
 		}
 		// What was left behind by a device that is gone, had we died in between.
 		out = append(out, e.orphans(b)...)
+		out = append(out, e.expire()...)
+		e.awaitMappers()
 		e.signal()
 		return out
 	})
@@ -129,34 +137,63 @@ func (e *Engine) Undone() {
 	}
 }
 
-// Run ends targets when their time is over, until ctx ends.
+// Run ends targets, and the patience with absent mappers, when their time is
+// over, until ctx ends.
 func (e *Engine) Run(ctx context.Context, b Doer) error {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
+	failing := false
 	for {
-		wait := time.Hour
+		var wait time.Duration
 		err := b.Do(ctx, func() []broker.Message {
-			out := e.expire()
-			for _, exp := range e.expiries {
-				wait = min(wait, time.Duration(exp-payload.Millis(e.now()))*time.Millisecond)
-			}
+			out := append(e.expire(), e.abandon()...)
+			wait = e.nextExpiry()
 			return out
 		})
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, broker.ErrClosed) {
-				return nil
+		wake := e.wake
+		switch {
+		case err == nil:
+			failing = false
+		case ctx.Err() != nil || errors.Is(err, broker.ErrClosed):
+			return nil
+		default:
+			if !failing {
+				e.log.Warn("expired targets not removed, trying again every second", "error", err)
 			}
-			e.log.Warn("expired targets not removed, will try again", "error", err)
-			wait = time.Second
+			// Undone has woken us as well: a store that refuses must not be asked
+			// without a pause.
+			failing, wait, wake = true, time.Second, nil
 		}
-		timer.Reset(max(wait, time.Millisecond))
+		timer.Reset(wait)
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-e.wake:
+		case <-wake:
 		case <-timer.C:
 		}
 	}
+}
+
+// nextExpiry is how long to wait for the next target to end: a minute at most,
+// as the clock may be set meanwhile.
+func (e *Engine) nextExpiry() time.Duration {
+	if len(e.expiries)+len(e.absent) == 0 {
+		return time.Hour
+	}
+	now := payload.Millis(e.now())
+	wait := time.Minute
+	sooner := func(at int64) {
+		if in := at - now; in < wait.Milliseconds() { // a far one would overflow a Duration
+			wait = time.Duration(in) * time.Millisecond
+		}
+	}
+	for _, at := range e.expiries {
+		sooner(at)
+	}
+	for _, at := range e.absent {
+		sooner(at)
+	}
+	return max(wait, time.Millisecond)
 }
 
 func (e *Engine) signal() {
@@ -308,18 +345,22 @@ func (e *Engine) reading(p topic.Parsed, m *broker.Message) error {
 	if len(r.V) == 0 {
 		return refuse(device.Refuse(device.ReasonPayload, "a reading needs its value \"v\"; null with a quality \"q\" if there is none"))
 	}
+	if !r.Good() && !strings.HasPrefix(r.Q, "bad:") {
+		return refuse(device.Refuse(device.ReasonPayload, "%.40q is no quality: want \"bad:\" and a reason, or none for a good value", r.Q))
+	}
 	if string(r.V) == "null" {
-		if r.Q == "" && r.Ack == 0 {
+		if r.Good() && r.Ack == 0 && prop.Type != device.JSON {
 			return refuse(device.Refuse(device.ReasonPayload, "a null value needs a quality \"q\" that says why"))
 		}
 		return nil
 	}
-	if r.Good() {
-		// The range is for wishes; a measured value outside it is still the truth.
-		plain := device.Property{Name: prop.Name, Type: prop.Type}
-		if _, err := plain.Decode(r.V); err != nil {
-			return refuse(err)
-		}
+	if !r.Good() {
+		return refuse(device.Refuse(device.ReasonPayload, "with the quality %.40q the value is null; the last good one goes into \"lv\"", r.Q))
+	}
+	// The range is for wishes; a measured value outside it is still the truth.
+	plain := device.Property{Name: prop.Name, Type: prop.Type}
+	if _, err := plain.Decode(r.V); err != nil {
+		return refuse(err)
 	}
 	return nil
 }
@@ -339,7 +380,11 @@ func (e *Engine) deviceStatus(p topic.Parsed, m *broker.Message) error {
 	if s.UID != d.UID {
 		return refuse(device.Refuse(device.ReasonDevice, "device %s has uid %s, the status is about %q", d.Key(), d.UID, s.UID))
 	}
-	return nil
+	switch s.State {
+	case payload.DeviceOnline, payload.DeviceOffline, payload.DeviceError:
+		return nil
+	}
+	return refuse(device.Refuse(device.ReasonPayload, "%.40q is no state: want %s, %s or %s", s.State, payload.DeviceOnline, payload.DeviceOffline, payload.DeviceError))
 }
 
 func (e *Engine) property(p topic.Parsed) (*device.Property, error) {

@@ -74,7 +74,7 @@ func run(ctx context.Context, args []string) (err error) {
 	var only []string
 	b := &bench{r: &report{Machine: describe(), Date: time.Now().UTC().Format("2006-01-02")}}
 	fs := pflag.NewFlagSet("bench", pflag.ContinueOnError)
-	fs.StringVar(&bin, "bin", "bin", "folder of the binaries, from `go tool task build`")
+	fs.StringVar(&bin, "bin", "bin", "folder of the binaries that the task build makes")
 	fs.StringVar(&dir, "dir", "", "data folder; a temporary one by default")
 	fs.StringVar(&out, "output", "text", "text or json")
 	fs.StringSliceVar(&only, "only", nil, "start, memory, latency, link")

@@ -238,3 +238,27 @@ func TestDeadSlave(t *testing.T) {
 		})
 	}
 }
+
+// The mapper dies: its values must not look alive for ever; another one takes over.
+func TestDeadMapper(t *testing.T) {
+	s := newSite(t, "g-mapper")
+	s.slave.Set("input", levelInput, 77)
+	s.reading(fab.CloudLocal, "level", value("77"))
+	s.mapper.Kill()
+	s.reading(fab.CloudLocal, "level", func(r payload.Reading) bool {
+		return r.Q == payload.QualityStale && string(r.V) == "null" && string(r.LV) == "77"
+	})
+	eventually(t, "kubectl says what is wrong", func() (string, bool) {
+		y := kubectl(t, "-n", s.ns, "get", "device", "pump-1", "-o", "yaml")
+		return y, strings.Contains(y, "state: Offline") && strings.Contains(y, "mapper modbus is not connected")
+	})
+	var err error
+	if s.mapper, err = fab.StartMapper(t.Context(), s.edge); err != nil {
+		t.Fatal(err)
+	}
+	s.reading(fab.CloudLocal, "level", value("77"))
+	eventually(t, "the device is back", func() (string, bool) {
+		y := kubectl(t, "-n", s.ns, "get", "device", "pump-1", "-o", "yaml")
+		return y, strings.Contains(y, "state: Online") && !strings.Contains(y, "not connected")
+	})
+}

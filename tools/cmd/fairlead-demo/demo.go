@@ -220,7 +220,7 @@ func (d *demo) start(ctx context.Context) error {
 func (d *demo) wrapper() error {
 	script := fmt.Sprintf("#!/bin/sh\n# kubectl on the demo's cluster, made by fairlead-demo.\nexec %s --kubeconfig %s \"$@\"\n", quote(filepath.Join(d.bin, "kubectl")), quote(d.stack.Kubeconfig))
 	path := filepath.Join(d.dir, "kubectl")
-	if err := os.WriteFile(path, []byte(script), 0o700); err != nil { //nolint:gosec // a script is to be run
+	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		return err
 	}
 	return os.Chmod(path, 0o700) // one that was there keeps its mode

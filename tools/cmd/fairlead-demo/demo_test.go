@@ -150,6 +150,7 @@ func paste(t *testing.T, th thing, line string) {
 			if want.MatchString(out.String()) {
 				tick.Stop()
 				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) // Ctrl-C
+				//nolint:errcheck // by a signal, or as it likes
 				<-ended
 				return
 			}
@@ -218,6 +219,53 @@ func TestDemo(t *testing.T) {
 		t.Logf("the demo said:\n%s", r.output())
 	}
 
+	t.Run("the operator's command on the cluster", func(t *testing.T) {
+		cluster := " --kubeconfig " + filepath.Join(dir, "cluster", "kubeconfig")
+		for _, c := range []struct {
+			line, want string
+			fails      bool
+		}{
+			{"bin/fairlead nodes", `(?m)^plant-7 +True `, false},
+			{"bin/fairlead devices", `(?m)^pump-1 +plant-7 +modbus +Online +11/11 `, false},
+			{"bin/fairlead devices -o json", `"state": "Online"`, false},
+			{"bin/fairlead twin get pump-1/pressure", `(?m)^pump-1/pressure +[0-9.]+ +bar +good `, false},
+			{"bin/fairlead twin set pump-1/speedSetpoint 61 --wait", `^applied pump-1/speedSetpoint = 61, rev [0-9]+, in [0-9]+ ms\n$`, false},
+			{"bin/fairlead twin set pump-1/speedSetpoint 400", `refused: .*400 is above the maximum 100 %`, true},
+			{"bin/fairlead twin set pump-1/speedSetpoint fast", `refused: .*speedSetpoint`, true},
+			{"bin/fairlead twin set pump-9/speedSetpoint 40", `"pump-9" not found`, true},
+			{"bin/fairlead twin set pump-1/speedSetpoint null", `wished default/pump-1/speedSetpoint = -`, false},
+			{"bin/fairlead twin set pump-1/speedSetpoint 45 --wait", `= 45`, false},
+			{"bin/fairlead token list", `(?m)^plant-7 +\S+ +-$`, false},
+			{"bin/fairlead token create --node plant-8 2>/dev/null", `^[A-Za-z0-9_-]{43}\n$`, false},
+			{"bin/fairlead token create --node plant-8", `has a token already.* with --force`, true},
+			{"bin/fairlead token create --node plant-8 --force 2>/dev/null", `^[A-Za-z0-9_-]{43}\n$`, false},
+			{"bin/fairlead token list -o json", `"node": "plant-8"`, false},
+			{"bin/fairlead token revoke --node plant-8", `token of node plant-8 revoked`, false},
+			{"bin/fairlead token revoke --node plant-8", `the node has no token`, true},
+		} {
+			command, redirect, _ := strings.Cut(c.line, " 2>")
+			if redirect != "" {
+				redirect = " 2>" + redirect
+			}
+			paste(t, thing{want: c.want, fails: c.fails}, command+cluster+redirect)
+		}
+	})
+
+	t.Run("parts go and come", func(t *testing.T) {
+		order := func(words, want string) {
+			paste(t, thing{want: want}, "bin/fairlead-demo "+words+" --dir "+dir)
+		}
+		order("stop edge", `the edge is gone`)
+		order("stop edge", `the edge is down already`)
+		order("start edge", `the edge is up again .*agree`)
+		order("start edge", `the edge is up already`)
+		order("stop station", `the station is gone`)
+		r.says(t, `station DOWN [0-9]+ s .*pump-1 Offline`)
+		order("start station", `the station is up again`)
+		order("stop mapper", `the mapper is gone`)
+		order("start mapper", `the mapper is up again`)
+	})
+
 	t.Run("a second demo in the same folder", func(t *testing.T) {
 		second := launch(t, bin, dir)
 		second.says(t, `another demo runs in .*, as process `+strconv.Itoa(r.cmd.Process.Pid))
@@ -242,7 +290,7 @@ func TestDemo(t *testing.T) {
 		again := launch(t, bin, dir)
 		again.says(t, `(?m)^running; stop it with`)
 		// What was wished in the first run still holds.
-		again.says(t, `pump-1 Online .*→ 45 by local`)
+		again.says(t, `→ 45 by (local|cloud)`)
 		ports := listeners(t, again.cmd.Process.Pid)
 		// Not even a killed demo leaves anything.
 		_ = again.cmd.Process.Kill()

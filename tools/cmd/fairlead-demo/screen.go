@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"sync"
@@ -26,14 +25,14 @@ type screen struct {
 
 func newScreen(out *os.File, terminal bool) *screen { return &screen{out: out, terminal: terminal} }
 
-const clear = "\r\x1b[K"
+const wipe = "\r\x1b[K"
 
 // print writes lines above the status line.
 func (s *screen) print(lines ...string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.terminal && s.mu.status != "" {
-		fmt.Fprint(s.out, clear)
+		fmt.Fprint(s.out, wipe)
 	}
 	for _, l := range lines {
 		fmt.Fprintln(s.out, l)
@@ -58,7 +57,7 @@ func (s *screen) done() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.terminal && s.mu.status != "" {
-		fmt.Fprint(s.out, clear)
+		fmt.Fprint(s.out, wipe)
 		s.mu.status = ""
 	}
 }
@@ -71,7 +70,7 @@ func (s *screen) drawLocked() {
 	if w, _, err := term.GetSize(int(s.out.Fd())); err == nil && w > 1 && utf8.RuneCountInString(line) >= w {
 		line = string([]rune(line)[:w-1])
 	}
-	fmt.Fprint(s.out, clear, line)
+	fmt.Fprint(s.out, wipe, line)
 }
 
 // step shows what is being done and for how long; the function it gives ends
@@ -126,11 +125,8 @@ func keys(in *os.File) (pressed <-chan byte, restore func()) {
 	go func() { // ends with the process: a read of a terminal cannot be interrupted
 		b := make([]byte, 1)
 		for {
-			if n, err := in.Read(b); err != nil || n == 0 {
-				if err == io.EOF || err != nil { //nolint:errorlint // any end is the end
-					return
-				}
-				continue
+			if _, err := in.Read(b); err != nil {
+				return
 			}
 			ch <- b[0]
 		}

@@ -179,8 +179,8 @@ func (a *app) branch(rows []topicRow, prefix string, depth int) {
 			full, name = full+"/"+next, name+"/"+next
 		}
 		indent := strings.Repeat("  ", depth)
-		switch {
-		case n == 1:
+		switch n {
+		case 1:
 			fmt.Fprintf(a.out, "%s%s  %s\n", indent, strings.TrimPrefix(group[0].Topic, prefix), size(group[0].Size))
 		default:
 			fmt.Fprintf(a.out, "%s%s  (%d topics, %s)\n", indent, name, n, size(sum))
