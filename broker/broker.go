@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
@@ -85,6 +86,7 @@ type Broker struct {
 	retained retained
 	metrics  *metrics
 	ops      chan op
+	seq      atomic.Uint64 // of the newest retained message
 	denied   *limiter
 
 	stopping chan struct{} // closed by Close: no new work
@@ -553,6 +555,7 @@ func (b *Broker) keep(sb *store.Batch, m *Message, undo map[topic.Topic]before) 
 	if _, seen := undo[m.Topic]; !seen {
 		undo[m.Topic] = before{old, dirty}
 	}
+	m.seq = b.seq.Add(1)
 	b.retained.put(m)
 	d := b.opts.Durability(m.Topic)
 	if d == Checkpoint && len(m.Payload) > 0 {

@@ -40,13 +40,14 @@ type delivery struct {
 }
 
 // replay walks the retained messages of a new subscription. It reads the index
-// as it goes, so that it costs no memory. What changes meanwhile waits in the
-// queue behind it, so that the last message of every topic is its newest.
+// as it goes, so that it costs no memory. What changes meanwhile is left out: it
+// waits in the queue behind, so that the last message of every topic is its newest.
 type replay struct {
 	filter topic.Filter
 	qos    byte
 	subIDs []int
 	after  string
+	upTo   uint64 // what is newer is delivered live
 }
 
 // conn is one client's connection: its outbound queue and the goroutine that
@@ -262,7 +263,7 @@ func (c *conn) take() (pk packets.Packet, release uint16, s takeState) {
 		if r.filter.Prefix() == string(r.filter) {
 			c.mu.replays = c.mu.replays[1:] // a literal filter selects one topic
 		}
-		if m.expired(now) {
+		if m.expired(now) || m.seq > r.upTo {
 			continue
 		}
 		qos := min(r.qos, m.QoS)

@@ -367,6 +367,7 @@ func (h *hook) OnSubscribed(cl *mqtt.Client, pk packets.Packet, codes []byte) {
 	if c == nil || c.conn == nil {
 		return
 	}
+	upTo := h.b.seq.Load() // the filters are in the routing already
 	for i, sub := range pk.Filters {
 		if codes[i] >= CodeUnspecified || mqtt.IsSharedFilter(sub.Filter) {
 			continue
@@ -374,7 +375,7 @@ func (h *hook) OnSubscribed(cl *mqtt.Client, pk packets.Packet, codes []byte) {
 		if sub.RetainHandling == 2 || sub.RetainHandling == 1 && c.existing[sub.Filter] { // [MQTT-3.3.1-10] [MQTT-3.3.1-11]
 			continue
 		}
-		r := &replay{filter: topic.Filter(sub.Filter), qos: sub.Qos}
+		r := &replay{filter: topic.Filter(sub.Filter), qos: sub.Qos, upTo: upTo}
 		if sub.Identifier > 0 { // [MQTT-3.3.4-3]
 			r.subIDs = []int{sub.Identifier}
 		}

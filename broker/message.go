@@ -25,6 +25,8 @@ type Message struct {
 	// From and ClientID are the publisher's; zero for the process itself.
 	From     access.Identity
 	ClientID string
+
+	seq uint64 // given by the core to retained messages; 0 from the store
 }
 
 // size is what the message weighs in a queue.

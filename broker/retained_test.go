@@ -271,3 +271,27 @@ func TestReplayDuringChanges(t *testing.T) {
 		}
 	}
 }
+
+// What is published after SUBACK arrives once, live, even while the replay of
+// what was there before goes on.
+func TestNoReplayOfNews(t *testing.T) {
+	b, addr := open(t, t.TempDir())
+	pub, _ := connect(t, addr, 5, "pub")
+	for i := range 100 {
+		pub.publish("t/old", "x", true)
+		sub, _ := connect(t, addr, 5, "sub")
+		sub.subscribe(packets.Subscription{Filter: "t/#", Qos: 1})
+		pub.publish("t/new", "y", true)
+		if m := sub.next(); m.TopicName != "t/old" || !m.FixedHeader.Retain {
+			t.Fatalf("round %d: got %s, retain %v", i, m.TopicName, m.FixedHeader.Retain)
+		}
+		if m := sub.next(); m.TopicName != "t/new" || m.FixedHeader.Retain {
+			t.Fatalf("round %d: got %s, retain %v", i, m.TopicName, m.FixedHeader.Retain)
+		}
+		sub.nothing()
+		if err := b.Publish(t.Context(), broker.Message{Topic: "t/new", Retain: true}); err != nil {
+			t.Fatal(err)
+		}
+		sub.bye(0)
+	}
+}

@@ -70,6 +70,7 @@ func TestWillAtShutdown(t *testing.T) {
 	dir := t.TempDir()
 	b, addr := open(t, dir)
 	r, _ := connect(t, addr, 5, "x", will("gone", "bye", true))
+	r.nothing()
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -34,10 +34,12 @@ const PageSize = 2000
 const maxPages = 1024
 
 // digestDelay coalesces digests: one follows the last change by this much, at
-// the latest digestMax after the first.
+// the latest digestMax after the first. A digest costs as much as a reading, so
+// values that change all the time get one every ten seconds; it is there for
+// what was lost, which is rare.
 const (
-	digestDelay = 50 * time.Millisecond
-	digestMax   = time.Second
+	digestDelay = 500 * time.Millisecond
+	digestMax   = 10 * time.Second
 	// digestRetry is when a digest that the broker refused is published again.
 	digestRetry = 5 * time.Second
 )

@@ -27,7 +27,7 @@ func Describe(agent string) payload.Node {
 	n.Hostname, _ = os.Hostname()
 	var si syscall.Sysinfo_t
 	if syscall.Sysinfo(&si) == nil {
-		n.MemoryBytes = uint64(si.Totalram) * uint64(si.Unit)
+		n.MemoryBytes = uint64(si.Totalram) * uint64(si.Unit) //nolint:unconvert // a uint32 on 32-bit ARM
 	}
 	n.InternalAddress = address()
 	return n

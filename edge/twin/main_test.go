@@ -85,7 +85,7 @@ func open(t *testing.T, dir string, now int64, change ...func(*broker.Options)) 
 	log := slog.New(slog.NewTextHandler(&b.log, nil))
 	b.engine = New(Config{Node: node, Metrics: b.reg, Logger: log, Now: func() time.Time { return time.UnixMilli(b.clock.Load()) }})
 	o := broker.Options{
-		Dir: dir, Node: node, Interceptors: []broker.Interceptor{b.engine}, Logger: log,
+		Dir: dir, Node: node, Interceptors: []broker.Interceptor{b.engine}, Presence: b.engine.Presence, Logger: log,
 		Authenticate: func(ci broker.ConnectInfo) (access.Identity, error) {
 			if ci.Username == "mapper" {
 				return access.Identity{Role: access.Mapper, Name: "modbus"}, nil
@@ -285,11 +285,18 @@ func without(d device.Device, name string) device.Device {
 // dial connects a client over a connection in the process.
 func (b *bus) dial(user string, subs ...client.Subscription) (*client.Client, <-chan client.Message) {
 	b.t.Helper()
+	c, msgs, _ := b.dialAs(user, "red", subs...)
+	return c, msgs
+}
+
+// dialAs connects with a client id, until leave.
+func (b *bus) dialAs(user, id string, subs ...client.Subscription) (c *client.Client, got <-chan client.Message, leave func()) {
+	b.t.Helper()
 	msgs := make(chan client.Message, 1000)
 	up := make(chan struct{})
 	var once sync.Once
 	c, err := client.New(client.Config{
-		Dial: func(context.Context) (net.Conn, error) { return b.Pipe() }, ClientID: "red", Username: user, Subscriptions: subs,
+		Dial: func(context.Context) (net.Conn, error) { return b.Pipe() }, ClientID: id, Username: user, Subscriptions: subs,
 		OnMessage: func(m client.Message) { msgs <- m },
 		OnUp:      func(context.Context) { once.Do(func() { close(up) }) },
 	})
@@ -299,13 +306,14 @@ func (b *bus) dial(user string, subs ...client.Subscription) (*client.Client, <-
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = c.Run(ctx) }()
-	b.t.Cleanup(func() { cancel(); <-done })
+	leave = func() { cancel(); <-done }
+	b.t.Cleanup(leave)
 	select {
 	case <-up:
 	case <-time.After(patience):
 		b.t.Fatal("client did not connect")
 	}
-	return c, msgs
+	return c, msgs, leave
 }
 
 func next(t *testing.T, msgs <-chan client.Message) client.Message {

@@ -37,11 +37,15 @@ func (e *Engine) Presence(id access.Identity, up bool) {
 	}
 }
 
-// awaitMappers begins the wait for the mappers whose devices are in the store.
+// awaitMappers begins the wait for the mappers whose devices are in the store,
+// where it has not begun.
 func (e *Engine) awaitMappers() {
 	for _, m := range e.state.RetainedMatch(topic.OfKind(e.cfg.Node, topic.KindReportedDevice)) {
 		var s payload.DeviceStatus
-		if json.Unmarshal(m.Payload, &s) == nil && s.Mapper != "" && e.present[s.Mapper] == 0 {
+		if json.Unmarshal(m.Payload, &s) != nil || s.Mapper == "" || e.present[s.Mapper] > 0 {
+			continue
+		}
+		if _, waiting := e.absent[s.Mapper]; !waiting {
 			e.absent[s.Mapper] = payload.Millis(e.now().Add(absence))
 		}
 	}
@@ -65,13 +69,16 @@ func (e *Engine) abandon() []broker.Message {
 			if err != nil {
 				continue
 			}
-			e.log.Warn("mapper is away, its device counts as offline", "mapper", name, "device", p.Namespace+"/"+p.Name)
+			out = append(out, e.stale(p, now)...)
+			was := s
 			s.Error = "mapper " + name + " is not connected to the node's bus"
 			if s.State != payload.DeviceOffline {
 				s.State, s.Since = payload.DeviceOffline, now
 			}
-			out = append(out, retained(m.Topic, payload.Encode(s)))
-			out = append(out, e.stale(p, now)...)
+			if s != was { // the node may have restarted since
+				e.log.Warn("mapper is away, its device counts as offline", "mapper", name, "device", p.Namespace+"/"+p.Name)
+				out = append(out, retained(m.Topic, payload.Encode(s)))
+			}
 		}
 	}
 	return out

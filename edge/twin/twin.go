@@ -133,6 +133,7 @@ func (e *Engine) load() {
 func (e *Engine) Undone() {
 	if e.state != nil {
 		e.load()
+		e.awaitMappers() // that one is away may not have been written down
 		e.signal()
 	}
 }

@@ -92,7 +92,7 @@ func TestEncode(t *testing.T) {
 		{device.Float32, float64(float32(0.1)), `0.1`},
 		{device.Float64, 0.1, `0.1`},
 		{device.Float64, 1e21, `1e+21`},
-		{device.Float64, -0.0, `0`},
+		{device.Float64, math.Copysign(0, -1), `-0`},
 		{device.Float64, math.NaN(), `null`},
 		{device.Float32, math.Inf(1), `null`},
 		{device.Float64, math.Inf(-1), `null`},

@@ -106,7 +106,7 @@ func withClient(ctx context.Context, cfg client.Config, fn func(*client.Client) 
 	cctx, stop := context.WithCancel(ctx)
 	done := make(chan error, 1)
 	go func() { done <- c.Run(cctx) }()
-	defer func() { stop(); <-done }()
+	defer func() { stop(); _ = <-done }() // Run ends without an error when it is told to
 	select {
 	case <-up:
 		return fn(c)

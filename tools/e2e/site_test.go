@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -202,8 +201,6 @@ func publish(addr, topic, v string, extra ...string) error {
 type watcher struct {
 	lines chan string
 	done  chan struct{}
-	mu    sync.Mutex
-	seen  []string
 }
 
 // watch subscribes with Debian's mosquitto_sub until the test ends.

@@ -132,7 +132,38 @@ func (s *Stack) StartCluster(ctx context.Context) error {
 	if _, err := s.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(s.Repo, "deploy", "cloud", "policies.yaml")); err != nil {
 		return fmt.Errorf("apply the policies: %w", err)
 	}
-	return nil
+	return s.waitPolicies(ctx)
+}
+
+// DropPolicies takes the policies out of the cluster; StartCluster brings them back.
+func (s *Stack) DropPolicies(ctx context.Context) error {
+	_, err := s.Kubectl(ctx, "delete", "--ignore-not-found", "--wait=false", "--request-timeout=5s", "-f", filepath.Join(s.Repo, "deploy", "cloud", "policies.yaml"))
+	return err
+}
+
+// probe is a Device that nobody creates.
+const probe = `{"apiVersion":"fairlead.dev/v1alpha1","kind":"Device","metadata":{"generateName":"probe-","namespace":"default"},` +
+	`"spec":{"nodeName":"probe","model":"probe","modbus":{"address":"127.0.0.1:502"}}}`
+
+// waitPolicies waits until the API server can evaluate the policies. One that
+// starts with them may not know the kinds yet that they refer to, and refuses
+// every Device until it looks again, 30 s later (DeferredDiscoveryRESTMapper in
+// k8s.io/apiserver/pkg/server/options/admission.go). [Stack.DropPolicies] before
+// the end spares the next start that.
+func (s *Stack) waitPolicies(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		_, err := s.KubectlIn(ctx, []byte(probe), "create", "--dry-run=server", "-f", "-")
+		if err == nil || !strings.Contains(err.Error(), "failed to configure policy") {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 // StartCloud starts fairlead-cloud and waits until it is ready. Extra arguments

@@ -67,7 +67,7 @@ func New() (*Slave, error) {
 
 func (s *Slave) startLocked(port int) error {
 	if out, err := exec.Command(python, "-c", "import pymodbus.server").CombinedOutput(); err != nil {
-		return fmt.Errorf("%w (%v: %s)", ErrMissing, err, lastLine(out))
+		return fmt.Errorf("%w (%w: %s)", ErrMissing, err, lastLine(out))
 	}
 	cmd := exec.Command(python, "-c", script, "--port", strconv.Itoa(port))
 	cmd.Stderr = os.Stderr

@@ -53,7 +53,8 @@ type demo struct {
 	bus   *view
 	wg    sync.WaitGroup
 
-	touched bool // somebody else's cluster was written to
+	started bool // the cluster is up
+	touched bool // and it is somebody else's
 }
 
 // death says that a process ended.
@@ -184,6 +185,7 @@ func (d *demo) start(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	d.started = true
 	if err := d.wrapper(); err != nil {
 		return err
 	}
@@ -334,6 +336,11 @@ func (d *demo) stop() {
 	done := d.screen.step("stopping")
 	d.wg.Wait()
 	d.bus.stop()
+	if d.started && d.kubeconfig == "" {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		_ = d.stack.DropPolicies(ctx) // only spares the next start a wait
+		cancel()
+	}
 	d.stack.Stop()
 	for _, p := range d.parts {
 		_ = os.Remove(d.pidFile(p))

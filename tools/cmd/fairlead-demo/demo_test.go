@@ -221,6 +221,8 @@ func TestDemo(t *testing.T) {
 
 	t.Run("the operator's command on the cluster", func(t *testing.T) {
 		cluster := " --kubeconfig " + filepath.Join(dir, "cluster", "kubeconfig")
+		// The bridge was killed and has just come back; the mirror in Kubernetes follows.
+		paste(t, thing{want: "condition met"}, filepath.Join(dir, "kubectl")+" wait --for=condition=Ready device/pump-1 --timeout=30s")
 		for _, c := range []struct {
 			line, want string
 			fails      bool
