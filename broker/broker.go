@@ -354,12 +354,10 @@ func (b *Broker) do(ctx context.Context, o op) error {
 
 // enqueue hands work to the core and blocks while its queue is full: a client
 // whose packets cannot be taken is simply not read from.
-func (b *Broker) enqueue(o op) bool {
+func (b *Broker) enqueue(o op) {
 	select {
 	case b.ops <- o:
-		return true
 	case <-b.coreDone:
-		return false
 	}
 }
 

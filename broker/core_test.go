@@ -187,10 +187,10 @@ func TestPublishDuringClose(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
-	b, _ = open(t, dir)
+	after, _ := open(t, dir)
 	for range n {
 		r := <-results
-		_, ok := b.Retained(r.t)
+		_, ok := after.Retained(r.t)
 		switch {
 		case r.err == nil && !ok:
 			t.Errorf("%s was published and is gone", r.t)

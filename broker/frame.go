@@ -114,7 +114,7 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 	all := len(p)
 	for len(p) > 0 {
 		if !c.inHeader {
-			n := min(uint32(len(p)), c.remain) //nolint:gosec // a read buffer
+			n := min(uint32(len(p)), c.remain)
 			if c.first {
 				// Byte 6 of the CONNECT's body is the protocol level, after the
 				// name "MQTT" with its length [MQTT 5, 3.1.2.2].

@@ -87,11 +87,11 @@ type Undoer interface {
 type Durability uint8
 
 const (
-	// Sync: before the acknowledgement.
+	// Sync means before the acknowledgement.
 	Sync Durability = iota
-	// NoSync: handed to the operating system; what a power cut takes, a digest brings back.
+	// NoSync means handed to the operating system; what a power cut takes, a digest brings back.
 	NoSync
-	// Checkpoint: in memory, written every Options.Checkpoint and at Close.
+	// Checkpoint means in memory, written every Options.Checkpoint and at Close.
 	// For readings, which their mapper reads again anyway.
 	Checkpoint
 )

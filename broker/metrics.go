@@ -89,5 +89,5 @@ func (l *limiter) log(log *slog.Logger, msg, key string, args ...any) {
 	if skipped > 0 {
 		args = append(args, "repeated", skipped)
 	}
-	log.Warn(msg, args...)
+	log.Warn(msg, args...) //nolint:sloglint // the callers' messages are constants
 }

@@ -427,7 +427,7 @@ func (s *Store) Err() error {
 		s.written.Store(0)
 		var st syscall.Statfs_t
 		if err := syscall.Statfs(s.dir, &st); err == nil {
-			free := int64(st.Bavail) * int64(st.Bsize) //nolint:gosec,unconvert // far below 2^63; Bsize is an int32 on 32-bit ARM
+			free := int64(st.Bavail) * int64(st.Bsize) //nolint:unconvert // Bsize is an int32 on 32-bit ARM
 			full := free < s.reserve
 			if full != s.full.Swap(full) {
 				if full {
@@ -583,7 +583,7 @@ func encodeRetained(r Retained) []byte {
 	}
 	v := make([]byte, 0, 2+2*binary.MaxVarintLen64+len(props)+len(r.Payload))
 	v = append(v, 1, r.QoS)
-	v = binary.AppendUvarint(v, uint64(r.Expires)) //nolint:gosec // never negative
+	v = binary.AppendUvarint(v, uint64(r.Expires))
 	v = binary.AppendUvarint(v, uint64(len(props)))
 	v = append(v, props...)
 	return append(v, r.Payload...)
@@ -601,7 +601,7 @@ func decodeRetained(topic string, v []byte) (Retained, error) {
 	if n <= 0 {
 		return r, bad
 	}
-	r.Expires = int64(exp) //nolint:gosec // written from an int64
+	r.Expires = int64(exp)
 	v = v[n:]
 	plen, n := binary.Uvarint(v)
 	if n <= 0 || plen > uint64(len(v)-n) {

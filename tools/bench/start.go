@@ -106,7 +106,12 @@ func withClient(ctx context.Context, cfg client.Config, fn func(*client.Client) 
 	cctx, stop := context.WithCancel(ctx)
 	done := make(chan error, 1)
 	go func() { done <- c.Run(cctx) }()
-	defer func() { stop(); _ = <-done }() // Run ends without an error when it is told to
+	defer func() {
+		stop()
+		if err := <-done; err != nil {
+			say("client of %s: %v", cfg.URL, err)
+		}
+	}()
 	select {
 	case <-up:
 		return fn(c)
