@@ -132,6 +132,9 @@ func New(cfg Config) (*Client, error) {
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.URL != "" {
+		c.name = cfg.URL // where Dial is set too, it is how to get there
+	}
 	if c.dial == nil {
 		d, err := ParseURL(cfg.URL, nil)
 		if err != nil {
@@ -172,7 +175,7 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 		// Half of the wait is random, so that ten thousand nodes do not come
 		// back in step after the cloud did.
-		pause := wait/2 + rand.N(wait/2+1) //nolint:gosec // no secret
+		pause := wait/2 + rand.N(wait/2+1)
 		if up {
 			c.log.Info("connection to broker ended", "broker", c.name, "error", err, "retry", pause)
 		} else {
@@ -194,7 +197,7 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 		return false, err
 	}
 	conn := &connection{down: make(chan error, 4)}
-	conn.session = &teeSession{State: state.NewInMemory()}
+	conn.session = &teeSession{State: state.NewInMemory(), lost: make(chan struct{})}
 	defer func() { _ = conn.session.Close() }()
 
 	lost := func(err error) {
@@ -223,8 +226,15 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 			lost(fmt.Errorf("disconnected: %w", r))
 		},
 	})
+	// A link that does not take the CONNECT must not hold Run.
+	_ = nc.SetDeadline(time.Now().Add(dialTimeout))
+	abort := context.AfterFunc(ctx, func() { _ = nc.Close() })
 	ack, err := conn.client.Connect(ctx, c.connectPacket())
+	if err == nil && abort() {
+		_ = nc.SetDeadline(time.Time{})
+	}
 	if err != nil {
+		abort()
 		_ = nc.Close()
 		if ack != nil {
 			r := &Refused{Code: ack.ReasonCode}
@@ -404,8 +414,13 @@ func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
 		select {
 		case r := <-resp:
 			answer <- outcome(r)
-		case <-conn.client.Done():
-			answer <- ErrLost
+		case <-conn.session.lost:
+			select {
+			case r := <-resp: // it came before
+				answer <- outcome(r)
+			default:
+				answer <- ErrLost
+			}
 		}
 	}()
 	return answer, nil
@@ -448,6 +463,18 @@ func fromPaho(p *paho.Publish) Message {
 type teeSession struct {
 	*state.State
 	next chan<- packets.ControlPacket // guarded by connection.send
+
+	once sync.Once
+	lost chan struct{} // closed when the connection is lost
+}
+
+// ConnectionLost implements session.SessionManager. paho calls it before it
+// waits for OnMessage to return, which may be waiting for an answer; and what
+// is added to a session at this moment never gets one from paho.
+func (s *teeSession) ConnectionLost(dp *packets.Disconnect) error {
+	err := s.State.ConnectionLost(dp)
+	s.once.Do(func() { close(s.lost) })
+	return err
 }
 
 // AddToSession implements session.SessionManager.

@@ -35,7 +35,7 @@ func subscribeOnce(t *testing.T, addr, filter string, extra ...string) string {
 
 func startCloud(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience) // also in a cleanup
 	defer cancel()
 	if err := fab.StartCloud(ctx, cloudArgs...); err != nil {
 		t.Fatal(err)

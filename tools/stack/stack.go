@@ -181,6 +181,29 @@ func (s *Stack) StartCloud(ctx context.Context, extra ...string) error {
 	return waitTCP(ctx, p, s.CloudLocal)
 }
 
+// StartBridge starts fairlead-cloud on somebody else's broker. It has no
+// listener of its own then but for its metrics.
+func (s *Stack) StartBridge(ctx context.Context, broker string, extra ...string) error {
+	args := append([]string{"run", "--kubeconfig", s.Kubeconfig, "--broker", broker, "--metrics", s.CloudMetrics}, extra...)
+	p, err := s.start(ctx, "fairlead-cloud", "fairlead-cloud", args, nil)
+	if err != nil {
+		return err
+	}
+	s.Cloud = p
+	return waitTCP(ctx, p, s.CloudMetrics)
+}
+
+// StartProgram starts a program that is not ours, and waits until it accepts
+// connections at addr.
+func (s *Stack) StartProgram(ctx context.Context, name, path, addr string, args ...string) (*Process, error) {
+	p, err := start(ctx, s.log(), name, path, args, nil)
+	if err != nil {
+		return nil, err
+	}
+	s.parts = append(s.parts, p)
+	return p, waitTCP(ctx, p, addr)
+}
+
 // Token makes a node's credential and writes it to a file, whose path it gives.
 // A node that has one already gets a new one.
 func (s *Stack) Token(ctx context.Context, node string) (string, error) {
