@@ -200,9 +200,9 @@ func (m *memory) Intercept(msg *broker.Message) ([]broker.Message, error) {
 
 func (m *memory) Undone() { m.undone++ }
 
-// A full disk refuses what must be stored with 0x97, keeps what was there, takes
-// readings, and takes everything again when there is room.
-func TestDiskFull(t *testing.T) {
+// smallDisk is a file system of 64 MiB of its own.
+func smallDisk(t *testing.T) string {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("SKIP: needs root to mount a small file system")
 	}
@@ -211,8 +211,14 @@ func TestDiskFull(t *testing.T) {
 		t.Skipf("SKIP: cannot mount a tmpfs: %v", err)
 	}
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	return dir
+}
+
+// A full disk refuses what must be stored with 0x97, keeps what was there, takes
+// readings, and takes everything again when there is room.
+func TestDiskFull(t *testing.T) {
+	dir := smallDisk(t)
 	mem := &memory{}
-	// A small memtable, so that the space is really used.
 	b, addr := open(t, filepath.Join(dir, "store"), func(o *broker.Options) {
 		o.Interceptors = []broker.Interceptor{mem}
 		o.Store.ReserveBytes = 32 << 20
@@ -305,24 +311,52 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-// A Will that the full disk did not take, or did not forget, is settled later.
+// A Will that the full disk did not take, or did not forget, is settled when
+// there is room: a broker that is killed later publishes the right ones.
 func TestWillsOnFullDisk(t *testing.T) {
-	if !alone(t) {
-		return
-	}
-	fs, full := fullable()
-	b, addr := open(t, "/store", func(o *broker.Options) { o.Store.FS = fs; o.Checkpoint = 5 * time.Millisecond })
-	stays, _ := connect(t, addr, 5, "stays", will("gone/stays", "bye", true))
+	dir := smallDisk(t)
+	at := filepath.Join(dir, "store")
+	b, addr := open(t, at, func(o *broker.Options) { o.Store.ReserveBytes = 32 << 20; o.Checkpoint = 10 * time.Millisecond })
+	_, _ = connect(t, addr, 5, "stays", will("gone/stays", "bye", true))
 	leaves, _ := connect(t, addr, 5, "leaves", will("gone/leaves", "bye", true))
-	stays.publish("x", "y", true)
-	full.Store(true)
+	leaves.nothing()
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 40<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "full", func() bool { return b.StoreErr() != nil })
 	late, _ := connect(t, addr, 5, "late", will("gone/late", "bye", true))
+	late.nothing()
 	leaves.bye(0)
 	leaves.closed()
-	if ack := late.publish("x", "z", true); ack.ReasonCode == 0 {
-		t.Error("published on a store that failed")
+	wills := func() string {
+		t.Helper()
+		killed := filepath.Join(t.TempDir(), "store")
+		if err := os.CopyFS(killed, os.DirFS(at)); err != nil {
+			t.Fatal(err)
+		}
+		s, _, err := store.Open(killed, store.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ws, err := s.Wills()
+		if err := errors.Join(err, s.Close()); err != nil {
+			t.Fatal(err)
+		}
+		var topics []string
+		for _, w := range ws {
+			topics = append(topics, w.Topic)
+		}
+		return fmt.Sprint(topics)
 	}
-	_ = b
+	if got := wills(); got != "[gone/leaves gone/stays]" {
+		t.Errorf("while it is full: %s", got)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "room", func() bool { return b.StoreErr() == nil })
+	eventually(t, "settled", func() bool { return wills() == "[gone/late gone/stays]" })
 }
 
 // fullable is a file system that fails every write while full is set.

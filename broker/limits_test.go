@@ -433,3 +433,41 @@ func TestReplaysAreBounded(t *testing.T) {
 		t.Errorf("got %+v", bye)
 	}
 }
+
+// [MQTT-3.1.2-25]: what is larger than the client takes counts as delivered, and
+// the rest follows.
+func TestClientMaximumPacketSize(t *testing.T) {
+	b, addr := open(t, t.TempDir())
+	r, _ := connect(t, addr, 5, "x", func(pk *packets.Packet) {
+		pk.Properties.MaximumPacketSize = 100
+		pk.Properties.ReceiveMaximum = 1
+	})
+	big := broker.Message{Topic: "a", Payload: make([]byte, 200), QoS: 1, Retain: true}
+	small := broker.Message{Topic: "b", Payload: []byte("x"), QoS: 1, Retain: true}
+	if err := b.Publish(t.Context(), big, small); err != nil {
+		t.Fatal(err)
+	}
+	r.subscribe(packets.Subscription{Filter: "+", Qos: 1})
+	if err := b.Publish(t.Context(), big, small); err != nil {
+		t.Fatal(err)
+	}
+	for m := r.next(); m.FixedHeader.Retain; m = r.next() {
+		if m.TopicName != "b" {
+			t.Errorf("got %s", m.TopicName)
+		}
+	}
+	r.nothing()
+}
+
+// $SYS is there for dashboards, and for nobody to write.
+func TestSys(t *testing.T) {
+	_, addr := open(t, t.TempDir())
+	r, _ := connect(t, addr, 5, "x")
+	r.subscribe(packets.Subscription{Filter: "$SYS/broker/version"})
+	if m := r.next(); m.TopicName != "$SYS/broker/version" || len(m.Payload) == 0 {
+		t.Errorf("got %+v", m)
+	}
+	all, _ := connect(t, addr, 5, "all")
+	all.subscribe(packets.Subscription{Filter: "#"}) // [MQTT-4.7.2-1]
+	all.nothing()
+}

@@ -3,6 +3,7 @@ package repair
 import (
 	"context"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,6 +25,10 @@ const (
 	// to againMax.
 	again    = 5 * time.Second
 	againMax = 2 * time.Minute
+	// answer is how long what was wanted may take at least: where other topics
+	// change all the time, only the digest behind the answer shows that the sets
+	// are equal.
+	answer = digestMax + settleMax
 	// wantMax bounds the topics of one request.
 	wantMax = 500
 )
@@ -43,6 +48,8 @@ type Inbox struct {
 	cfg  InboxConfig
 	log  *slog.Logger
 	wake chan struct{}
+	turn chan struct{} // held by Run: the one of the connection before ends first
+	name string        // tells our manifests from those of another receiver
 
 	mu struct {
 		sync.Mutex
@@ -60,13 +67,16 @@ type inNode struct {
 	due     time.Time           // when to ask
 	pause   time.Duration       // before asking once more
 	asked   string              // correlation of the manifest in progress, empty for none
-	want    []string            // collected so far, relative to fl/<node>/
-	n       uint64              // requests made
+	page    string              // which page of it was asked for
+	askedAt time.Time
+	want    []string // collected so far, relative to fl/<node>/
+	n       uint64   // requests made
 }
 
 // NewInbox makes an empty inbox.
 func NewInbox(cfg InboxConfig) *Inbox {
-	i := &Inbox{cfg: cfg, log: cfg.Logger, wake: make(chan struct{}, 1)}
+	i := &Inbox{cfg: cfg, log: cfg.Logger, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1)}
+	i.name = strconv.FormatUint(uint64(rand.Uint32()), 36)
 	if i.log == nil {
 		i.log = slog.New(slog.DiscardHandler)
 	}
@@ -90,20 +100,23 @@ func (i *Inbox) nodeLocked(name string) *inNode {
 	return n
 }
 
-// Put records what the receiver has now; an empty payload removes the topic.
+// Put records what the receiver has now; an empty payload removes the topic. A
+// topic of another direction is ignored.
 func (i *Inbox) Put(t topic.Topic, p []byte) {
-	parsed, err := topic.Parse(string(t))
-	if err != nil {
-		return
-	}
-	if d, ok := parsed.Direction(); !ok || d != i.cfg.Direction {
+	name, ok := node(t, i.cfg.Direction)
+	if !ok {
 		return
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	n := i.nodeLocked(parsed.Node)
+	n := i.nodeLocked(name)
 	n.have.Put(string(t), p)
-	delete(n.wanted, string(t))
+	if _, ok := n.wanted[string(t)]; ok {
+		delete(n.wanted, string(t))
+		if at := time.Now().Add(answer); n.asked == "" && n.due.Before(at) {
+			n.due = at // the answer is coming in
+		}
+	}
 	if !n.differs.IsZero() && n.asked == "" {
 		i.compareLocked(n)
 	}
@@ -180,9 +193,18 @@ func (i *Inbox) Digest(node string, d payload.Digest) {
 	n.writer, n.heard = d, true
 	if n.asked == "" {
 		i.compareLocked(n)
+	} else if at := later(n.askedAt.Add(again), time.Now().Add(settle)); at.Before(n.due) {
+		n.due = at // the writer lives: it need not be waited for any longer
 	}
 	i.mu.Unlock()
 	i.signal()
+}
+
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
 }
 
 func (i *Inbox) compareLocked(n *inNode) {
@@ -207,17 +229,25 @@ func (i *Inbox) compareLocked(n *inNode) {
 }
 
 // Manifest takes a page of the writer's manifest.
-func (i *Inbox) Manifest(node string, m payload.SyncManifest, correlation []byte) {
-	prefix := topic.Root + "/" + node + "/"
+func (i *Inbox) Manifest(name string, m payload.SyncManifest, correlation []byte) {
+	prefix := topic.Root + "/" + name + "/"
 	var absent []topic.Topic
 	i.mu.Lock()
-	n := i.mu.nodes[node]
-	if n == nil || n.asked == "" || string(correlation) != n.asked {
+	n := i.mu.nodes[name]
+	if n == nil || n.asked == "" || string(correlation) != n.asked || m.After != n.page {
 		i.mu.Unlock()
 		return // late, or meant for another receiver
 	}
+	if m.Next != "" && m.Next <= m.After {
+		i.mu.Unlock()
+		i.log.Warn("manifest ignored: its next page does not lie behind it", "node", name)
+		return
+	}
 	n.writer = m.Digest // as new as any, and the digest's own message may be lost
 	for t, h := range m.Topics {
+		if _, ok := node(topic.Topic(prefix+t), i.cfg.Direction); !ok {
+			continue // we would never hold it
+		}
 		if have, ok := n.have.Get(prefix + t); !ok || have != h {
 			n.want = append(n.want, t)
 		}
@@ -247,9 +277,20 @@ func (i *Inbox) Manifest(node string, m payload.SyncManifest, correlation []byte
 	i.mu.Lock()
 	if n.asked == string(correlation) { // nothing began anew meanwhile
 		n.after(m.Next)
+		i.equalLocked(n)
 	}
 	i.mu.Unlock()
 	i.signal()
+}
+
+// equalLocked ends a repair whose work is done, by whatever messages.
+func (i *Inbox) equalLocked(n *inNode) bool {
+	if !n.heard || !equal(n) {
+		return false
+	}
+	n.asked, n.want = "", nil
+	i.compareLocked(n)
+	return true
 }
 
 // after records that a page came; next is where the following one begins.
@@ -264,9 +305,16 @@ func (n *inNode) after(next string) {
 
 // Run asks for repairs until ctx, which is one connection's, ends.
 func (i *Inbox) Run(ctx context.Context, s Sender) error {
+	select {
+	case i.turn <- struct{}{}:
+		defer func() { <-i.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	i.mu.Lock()
-	for _, n := range i.mu.nodes {
-		n.asked, n.want, n.pause = "", nil, 0 // of the connection before
+	for _, n := range i.mu.nodes { // the repairs of the connection before are void
+		n.asked, n.want, n.wanted = "", nil, nil
+		n.differs, n.due, n.pause = time.Time{}, time.Time{}, 0
 		i.compareLocked(n)
 	}
 	i.mu.Unlock()
@@ -299,7 +347,7 @@ func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
 	var out []request
 	i.mu.Lock()
 	for name, n := range i.mu.nodes {
-		if n.due.IsZero() {
+		if n.due.IsZero() || !n.due.After(now) && i.equalLocked(n) {
 			continue
 		}
 		if n.due.After(now) {
@@ -314,6 +362,7 @@ func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
 			out = append(out, i.finishLocked(name, n)...)
 		default: // a new repair, or one whose answer did not come
 			i.mu.repairs++
+			n.pause = min(max(2*n.pause, again), againMax)
 			n.want, n.wanted = nil, map[string]struct{}{}
 			i.log.Info("repair: state differs, asking for the manifest", "node", name,
 				"direction", i.cfg.Direction.String(), "have", n.have.Count(), "writer", n.writer.Count)
@@ -337,9 +386,8 @@ func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
 // requestLocked asks for the manifest's page after a topic.
 func (i *Inbox) requestLocked(name string, n *inNode, after string) request {
 	n.n++
-	n.asked = "ask:" + strconv.FormatUint(n.n, 10)
-	n.pause = min(max(2*n.pause, again), againMax)
-	n.due = time.Now().Add(n.pause)
+	n.asked, n.page, n.askedAt = "ask:"+i.name+":"+strconv.FormatUint(n.n, 36), after, time.Now()
+	n.due = n.askedAt.Add(n.pause)
 	return request{node: name, r: payload.SyncRequest{Manifest: true, After: after}, correlation: n.asked}
 }
 
@@ -359,9 +407,6 @@ func (i *Inbox) finishLocked(name string, n *inNode) []request {
 		out = append(out, request{node: name, r: payload.SyncRequest{Want: chunk}})
 	}
 	n.want = nil
-	n.due = time.Now().Add(n.pause)
-	if equal(n) {
-		i.compareLocked(n)
-	}
+	n.due = time.Now().Add(max(n.pause, answer))
 	return out
 }

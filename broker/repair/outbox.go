@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -42,6 +43,11 @@ const (
 	digestMax   = 10 * time.Second
 	// digestRetry is when a digest that the broker refused is published again.
 	digestRetry = 5 * time.Second
+	// digestRefresh is when a digest is published again though nothing changed,
+	// give or take a quarter: a broker may drop messages for a slow subscriber,
+	// and what was dropped may have been the digest. It costs some 30 bytes a
+	// minute.
+	digestRefresh = 10 * time.Minute
 )
 
 // Sender sends messages in order and tells their fate; *client.Client is one.
@@ -54,8 +60,8 @@ type OutboxConfig struct {
 	Direction topic.Direction
 	// Epoch names the numbering of the revs.
 	Epoch string
-	// Get gives the writer's present payload of a topic, or false where there
-	// is none. It is called on Run's goroutine.
+	// Get gives the writer's present payload of a topic; false or an empty one
+	// says that there is none. It is called on Run's goroutine and must not block.
 	Get    func(topic.Topic) ([]byte, bool)
 	Logger *slog.Logger
 }
@@ -68,6 +74,7 @@ type Outbox struct {
 	cfg  OutboxConfig
 	log  *slog.Logger
 	wake chan struct{}
+	turn chan struct{} // held by Run: the one of the connection before ends first
 
 	mu struct {
 		sync.Mutex
@@ -86,6 +93,7 @@ type outNode struct {
 	first     time.Time // of the changes that no digest covers yet
 	last      time.Time
 	retry     time.Time // not before
+	refresh   time.Time // when it is published again unchanged
 }
 
 type page struct {
@@ -95,7 +103,7 @@ type page struct {
 
 // NewOutbox makes an empty outbox.
 func NewOutbox(cfg OutboxConfig) *Outbox {
-	o := &Outbox{cfg: cfg, log: cfg.Logger, wake: make(chan struct{}, 1)}
+	o := &Outbox{cfg: cfg, log: cfg.Logger, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1)}
 	if o.log == nil {
 		o.log = slog.New(slog.DiscardHandler)
 	}
@@ -120,16 +128,27 @@ func (o *Outbox) nodeLocked(name string) *outNode {
 	return n
 }
 
-// Assume records that the other side has the payload already; an empty one
-// that it does not have the topic.
-func (o *Outbox) Assume(t topic.Topic, p []byte) {
-	parsed, err := topic.Parse(string(t))
+// node gives the topic's node. ok is false for a topic that the direction's
+// digest does not cover: in the set, it would make the digests differ for ever.
+func node(t topic.Topic, d topic.Direction) (name string, ok bool) {
+	p, err := topic.Parse(string(t))
 	if err != nil {
+		return "", false
+	}
+	is, ok := p.Direction()
+	return p.Node, ok && is == d
+}
+
+// Assume records that the other side has the payload already; an empty one
+// that it does not have the topic. A topic of another direction is ignored.
+func (o *Outbox) Assume(t topic.Topic, p []byte) {
+	name, ok := node(t, o.cfg.Direction)
+	if !ok {
 		return
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.nodeLocked(parsed.Node).sent.Put(string(t), p)
+	o.nodeLocked(name).sent.Put(string(t), p)
 }
 
 // Reset forgets what the other side is believed to have.
@@ -176,7 +195,8 @@ func (o *Outbox) AddNode(node string) {
 	o.signal()
 }
 
-// Touch marks topics as changed; Get tells to what when their turn comes.
+// Touch marks topics as changed; Get tells to what when their turn comes. A
+// topic of another direction is ignored then.
 func (o *Outbox) Touch(topics ...topic.Topic) {
 	o.mu.Lock()
 	for _, t := range topics {
@@ -212,17 +232,13 @@ func (o *Outbox) Pending() int {
 // Request takes a receiver's request. to and correlation are the request's
 // response topic and correlation data. The answer goes to the manifest's topic
 // and nowhere else: a receiver must not choose what the writer writes to.
-func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlation []byte) {
-	prefix := topic.Root + "/" + node + "/"
+func (o *Outbox) Request(name string, r payload.SyncRequest, to string, correlation []byte) {
+	prefix := topic.Root + "/" + name + "/"
 	o.mu.Lock()
-	n := o.nodeLocked(node)
+	n := o.nodeLocked(name)
 	for _, w := range r.Want {
 		t := topic.Topic(prefix + w)
-		p, err := topic.Parse(string(t))
-		if err != nil {
-			continue
-		}
-		if d, ok := p.Direction(); !ok || d != o.cfg.Direction {
+		if _, ok := node(t, o.cfg.Direction); !ok {
 			continue
 		}
 		o.touchLocked(t, true)
@@ -230,17 +246,17 @@ func (o *Outbox) Request(node string, r payload.SyncRequest, to string, correlat
 	}
 	dropped := false
 	if r.Manifest {
-		dropped = len(o.mu.pages) >= maxPages || to != "" && to != string(topic.SyncManifest(node, o.cfg.Direction))
+		dropped = len(o.mu.pages) >= maxPages || to != "" && to != string(topic.SyncManifest(name, o.cfg.Direction))
 		if !dropped {
-			o.mu.pages = append(o.mu.pages, page{node: node, after: r.After, correlation: correlation})
+			o.mu.pages = append(o.mu.pages, page{node: name, after: r.After, correlation: correlation})
 		}
 	}
 	o.mu.Unlock()
 	if dropped {
-		o.log.Warn("request for the manifest ignored: too many wait, or it names a foreign response topic", "node", node)
+		o.log.Warn("request for the manifest ignored: too many wait, or it names a foreign response topic", "node", name)
 	}
 	if len(r.Want) > 0 {
-		o.log.Info("repair: publishing again", "node", node, "direction", o.cfg.Direction.String(), "topics", len(r.Want))
+		o.log.Info("repair: publishing again", "node", name, "direction", o.cfg.Direction.String(), "topics", len(r.Want))
 	}
 	o.signal()
 }
@@ -255,14 +271,22 @@ type sentItem struct {
 // begins with the topics that wait, then publishes every node's digest. What
 // was not acknowledged when it returns waits again.
 func (o *Outbox) Run(ctx context.Context, s Sender) error {
+	select {
+	case o.turn <- struct{}{}:
+		defer func() { <-o.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	o.mu.Lock()
 	for _, n := range o.mu.nodes {
 		n.known = false
 	}
+	backlog := len(o.mu.queue) // what has to be sent before the first digests
 	o.mu.Unlock()
 	var inflight []sentItem
 	defer func() {
-		for _, it := range inflight {
+		left, _ := o.reap(inflight)
+		for _, it := range left {
 			if it.digest == "" {
 				o.again(it.t)
 			}
@@ -272,8 +296,19 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
+		// A sender that takes everything must not keep a connection's Run alive
+		// into the next connection.
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		// What was sent so far is what a manifest and a digest tell, so both are
+		// right at any time, also while there is always something to send.
+		if err := o.manifests(ctx, s); err != nil {
+			return err
+		}
 		t, must, item := o.nextDirty()
 		if item {
+			backlog--
 			it, err := o.send(ctx, s, t, must)
 			if err != nil {
 				o.again(t)
@@ -282,22 +317,21 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 			if it.ack != nil {
 				inflight = append(inflight, it)
 			}
-			inflight = o.reap(inflight)
-			// Digests are due even while there is always something to send.
-			if now := time.Now(); now.Sub(looked) > digestDelay {
+			if inflight, err = o.reap(inflight); err != nil {
+				return err
+			}
+			if now := time.Now(); backlog <= 0 && now.Sub(looked) > digestDelay {
 				looked = now
-				if _, inflight, err = o.digests(ctx, s, false, inflight); err != nil {
+				if _, inflight, err = o.digests(ctx, s, inflight); err != nil {
 					return err
 				}
 			}
 			continue
 		}
-		if err := o.manifests(ctx, s); err != nil {
-			return err
-		}
+		backlog = 0
 		var wait time.Duration
 		var err error
-		if wait, inflight, err = o.digests(ctx, s, true, inflight); err != nil {
+		if wait, inflight, err = o.digests(ctx, s, inflight); err != nil {
 			return err
 		}
 		timer.Reset(wait)
@@ -311,9 +345,9 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 		case <-o.wake:
 		case <-timer.C:
 		case err := <-head:
-			o.finish(inflight[0], err)
+			err = o.finish(inflight[0], err)
 			inflight = inflight[1:]
-			if errors.Is(err, client.ErrLost) {
+			if err != nil {
 				return err
 			}
 		}
@@ -321,29 +355,34 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 }
 
 // reap takes the acknowledgements that are there already.
-func (o *Outbox) reap(inflight []sentItem) []sentItem {
+func (o *Outbox) reap(inflight []sentItem) ([]sentItem, error) {
 	for len(inflight) > 0 {
 		select {
 		case err := <-inflight[0].ack:
-			o.finish(inflight[0], err)
+			err = o.finish(inflight[0], err)
 			inflight = inflight[1:]
+			if err != nil {
+				return inflight, err
+			}
 		default:
-			return inflight
+			return inflight, nil
 		}
 	}
-	return nil
+	return nil, nil
 }
 
-func (o *Outbox) finish(it sentItem, err error) {
-	if err == nil {
-		return
-	}
+// finish settles what was sent. It gives an error where the connection is no
+// good any more.
+func (o *Outbox) finish(it sentItem, err error) error {
 	var refused *client.Refused
 	switch {
+	case err == nil:
+		return nil
 	case !errors.As(err, &refused):
 		if it.digest == "" { // every connection begins with the digests
 			o.again(it.t)
 		}
+		return err
 	case it.digest != "":
 		o.log.Warn("digest refused by the broker, will try again", "topic", it.t, "error", err)
 		o.mu.Lock()
@@ -355,6 +394,7 @@ func (o *Outbox) finish(it sentItem, err error) {
 		// missing, and the receiver asks for it when it can take it.
 		o.log.Error("state refused by the broker", "topic", it.t, "error", err)
 	}
+	return nil
 }
 
 func (o *Outbox) nextDirty() (t topic.Topic, must, ok bool) {
@@ -372,16 +412,16 @@ func (o *Outbox) nextDirty() (t topic.Topic, must, ok bool) {
 }
 
 func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic, must bool) (sentItem, error) {
-	p, ok := o.cfg.Get(t)
-	if !ok {
-		p = nil
+	name, mine := node(t, o.cfg.Direction)
+	if !mine {
+		return sentItem{}, nil
 	}
-	parsed, err := topic.Parse(string(t))
-	if err != nil {
-		return sentItem{}, nil //nolint:nilerr // not one of ours: nothing to send
+	p, ok := o.cfg.Get(t)
+	if !ok || len(p) == 0 {
+		p, ok = nil, false
 	}
 	o.mu.Lock()
-	n := o.nodeLocked(parsed.Node)
+	n := o.nodeLocked(name)
 	h, known := n.sent.Get(string(t))
 	if !must && (ok && known && h == digest.Of(string(t), p) || !ok && !known) {
 		o.mu.Unlock()
@@ -401,10 +441,31 @@ func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic, must bool) (
 	return sentItem{t: t, ack: ack}, nil
 }
 
+// due tells when the node's digest is to be published.
+func (n *outNode) due(now time.Time) time.Time {
+	var at time.Time
+	switch {
+	case !n.known:
+		return now
+	case !n.first.IsZero():
+		at = n.last.Add(digestDelay)
+		if m := n.first.Add(digestMax); m.Before(at) {
+			at = m
+		}
+	case n.force:
+		at = now
+	default:
+		at = n.refresh
+	}
+	if n.retry.After(at) {
+		at = n.retry
+	}
+	return at
+}
+
 // digests publishes the digests that are due, adds them to what is in flight
-// and tells how long to wait for the next one. idle says that nothing waits to
-// be sent.
-func (o *Outbox) digests(ctx context.Context, s Sender, idle bool, inflight []sentItem) (time.Duration, []sentItem, error) {
+// and tells how long to wait for the next one.
+func (o *Outbox) digests(ctx context.Context, s Sender, inflight []sentItem) (time.Duration, []sentItem, error) {
 	wait := time.Hour
 	type out struct {
 		node string
@@ -414,32 +475,19 @@ func (o *Outbox) digests(ctx context.Context, s Sender, idle bool, inflight []se
 	now := time.Now()
 	o.mu.Lock()
 	for name, n := range o.mu.nodes {
-		if !idle && n.first.IsZero() {
-			continue
-		}
-		at := now
-		if !n.first.IsZero() && n.known {
-			at = n.last.Add(digestDelay)
-			if m := n.first.Add(digestMax); m.Before(at) {
-				at = m
-			}
-		}
-		if !idle && !n.known {
-			continue // first everything that waits, then the first digest
-		}
-		if n.known && n.retry.After(at) {
-			at = n.retry
-		}
-		if at.After(now) {
+		if at := n.due(now); at.After(now) {
 			wait = min(wait, at.Sub(now))
 			continue
 		}
 		n.first, n.retry = time.Time{}, time.Time{}
 		d := payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()}
-		if n.known && !n.force && d == n.published {
+		if n.known && !n.force && d == n.published && now.Before(n.refresh) {
+			wait = min(wait, n.refresh.Sub(now))
 			continue
 		}
 		n.known, n.force, n.published = true, false, d
+		n.refresh = now.Add(digestRefresh*3/4 + rand.N(digestRefresh/2))
+		wait = min(wait, n.refresh.Sub(now))
 		due = append(due, out{name, d})
 	}
 	o.mu.Unlock()

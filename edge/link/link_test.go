@@ -157,7 +157,8 @@ func TestReconnectInSync(t *testing.T) {
 			cost = append(cost, kind)
 		}
 		slices.Sort(cost)
-		if !slices.Equal(cost, x.cost) {
+		cost = slices.Compact(cost) // the Will may reach the new connection, which then says again that it is there
+		if !slices.Equal(cost, x.cost) || len(seen()[begin:end]) > len(x.cost)+1 {
 			t.Errorf("%s cost\n%s", x.what, strings.Join(seen()[begin:end], "\n"))
 		}
 		if got := s.metric("fairlead_link_repairs_total"); got > repairs {
@@ -208,9 +209,7 @@ func TestWhileAway(t *testing.T) {
 	}
 	s.put(fresh, `{"v":1,"t":3}`)
 	s.put(running, "")
-	if got := s.metric("fairlead_link_outbox_topics"); got != 3 {
-		t.Errorf("want 3 topics in the outbox, got %g", got)
-	}
+	eventually(t, "3 topics wait", func() bool { return s.metric("fairlead_link_outbox_topics") == 3 })
 	seen := count(t, cloud)
 	w.lead(to)
 	agree(s, cloud, b)

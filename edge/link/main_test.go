@@ -35,7 +35,7 @@ const patience = time.Minute
 
 const (
 	plant  = "plant-7"
-	secret = "a-token-for-plant-7" //nolint:gosec // for the tests alone
+	secret = "a-token-for-plant-7"
 	uid    = "5b0d1e9c-6f1a-4a53-9d41-0a8f3f6f2c11"
 )
 

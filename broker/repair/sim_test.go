@@ -1,0 +1,393 @@
+package repair_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/fairlead-io/fairlead/broker/client"
+	"github.com/fairlead-io/fairlead/broker/repair"
+	"github.com/fairlead-io/fairlead/schemas/payload"
+	"github.com/fairlead-io/fairlead/schemas/topic"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const plant = "plant-7"
+
+// latency is the way from one side to the other and back, in the bubble's time.
+const latency = 20 * time.Millisecond
+
+// faults are the odds of what may happen to a message, in percent.
+type faults struct {
+	lose      int // acknowledged and gone: a broker that dropped it
+	refuse    int // refused by the broker
+	duplicate int
+	reorder   int // delayed by up to three seconds
+}
+
+// wire carries messages both ways between a writer and a receiver, in the
+// bubble's time. Without faults it keeps their order.
+type wire struct {
+	rng     *rand.Rand
+	deliver func(client.Message)
+	done    chan struct{}
+	wg      sync.WaitGroup
+
+	mu     sync.Mutex
+	up     bool
+	faults faults
+	last   time.Time
+	seq    int
+	queue  []parcel
+	wake   chan struct{}
+	sent   []client.Message
+	drop   func(client.Message) bool // which to lose, beside the faults
+}
+
+type parcel struct {
+	at  time.Time
+	seq int
+	m   client.Message
+	ack chan error
+	err error // refused
+}
+
+func newWire(seed uint64, deliver func(client.Message)) *wire {
+	w := &wire{rng: rand.New(rand.NewPCG(seed, 2)), deliver: deliver, done: make(chan struct{}), wake: make(chan struct{}, 1)}
+	w.wg.Go(w.pump)
+	return w
+}
+
+func (w *wire) stop() {
+	close(w.done)
+	w.wg.Wait()
+}
+
+// Send implements repair.Sender.
+func (w *wire) Send(_ context.Context, m client.Message) (<-chan error, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.up {
+		return nil, client.ErrOffline
+	}
+	w.sent = append(w.sent, m)
+	p := parcel{m: m, ack: make(chan error, 1)}
+	if w.chance(w.faults.refuse) {
+		p.err = &client.Refused{Code: 0x97, Reason: "test"}
+	}
+	if w.chance(w.faults.lose) || w.drop != nil && w.drop(m) {
+		p.ack <- p.err
+		return p.ack, nil
+	}
+	w.enqueue(p)
+	if w.chance(w.faults.duplicate) {
+		w.enqueue(parcel{m: m, ack: make(chan error, 1), err: p.err})
+	}
+	return p.ack, nil
+}
+
+func (w *wire) chance(percent int) bool { return w.rng.IntN(100) < percent }
+
+func (w *wire) enqueue(p parcel) {
+	w.seq++
+	p.seq = w.seq
+	p.at = time.Now().Add(latency)
+	if w.chance(w.faults.reorder) {
+		p.at = p.at.Add(time.Duration(w.rng.IntN(3000)) * time.Millisecond)
+	} else {
+		if p.at.Before(w.last) {
+			p.at = w.last
+		}
+		w.last = p.at
+	}
+	w.queue = append(w.queue, p)
+	slices.SortFunc(w.queue, func(a, b parcel) int {
+		if c := a.at.Compare(b.at); c != 0 {
+			return c
+		}
+		return a.seq - b.seq
+	})
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (w *wire) pump() {
+	for {
+		wait := time.Hour
+		w.mu.Lock()
+		if len(w.queue) > 0 {
+			p := w.queue[0]
+			if wait = time.Until(p.at); wait <= 0 {
+				w.queue = w.queue[1:]
+				w.mu.Unlock()
+				if p.err == nil {
+					w.deliver(p.m)
+				}
+				p.ack <- p.err
+				continue
+			}
+		}
+		w.mu.Unlock()
+		timer := time.NewTimer(wait)
+		select {
+		case <-w.done:
+			timer.Stop()
+			return
+		case <-w.wake:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// set brings the wire up or down; what is under way when it goes down is lost.
+func (w *wire) set(up bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.up = up
+	if !up {
+		for _, p := range w.queue {
+			p.ack <- client.ErrLost
+		}
+		w.queue = nil
+	}
+}
+
+func (w *wire) disturb(f faults) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.faults = f
+}
+
+// losing says which messages get lost from now on.
+func (w *wire) losing(drop func(client.Message) bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.drop = drop
+}
+
+// take gives what was sent since it was asked last.
+func (w *wire) take() []client.Message {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.sent
+	w.sent = nil
+	return s
+}
+
+// world is a writer and a receiver of the desired direction with a wire
+// between them.
+type world struct {
+	t    *testing.T
+	out  *repair.Outbox
+	in   *repair.Inbox
+	down *wire // writer to receiver
+	back *wire // receiver to writer
+	keep bool  // the receiver leaves it to the writer to clear what is absent
+
+	mu      sync.Mutex
+	truth   map[topic.Topic]string
+	held    map[topic.Topic]string
+	broken  bool // the receiver's store
+	failing func(topic.Topic) bool
+	absent  []topic.Topic
+
+	hangUp func()
+}
+
+func newWorld(t *testing.T, seed uint64, keep bool) *world {
+	w := &world{t: t, keep: keep, truth: map[topic.Topic]string{}, held: map[topic.Topic]string{}, hangUp: func() {}}
+	w.down = newWire(seed, w.receive)
+	w.back = newWire(seed+1, w.answer)
+	w.newOutbox()
+	w.newInbox()
+	return w
+}
+
+// close ends the world. It is no Cleanup: a bubble wants it before it ends.
+func (w *world) close() {
+	w.hangUp()
+	w.down.stop()
+	w.back.stop()
+}
+
+func (w *world) newOutbox() {
+	w.out = repair.NewOutbox(repair.OutboxConfig{
+		Direction: topic.Desired, Epoch: "e", Logger: slog.New(slog.DiscardHandler),
+		Get: func(t topic.Topic) ([]byte, bool) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			p, ok := w.truth[t]
+			return []byte(p), ok
+		},
+	})
+	w.out.AddNode(plant)
+}
+
+func (w *world) newInbox() {
+	c := repair.InboxConfig{Direction: topic.Desired, Logger: slog.New(slog.DiscardHandler)}
+	if !w.keep {
+		c.Absent = func(t topic.Topic) {
+			w.mu.Lock()
+			w.absent = append(w.absent, t)
+			w.mu.Unlock()
+			w.store(t, nil)
+		}
+	}
+	w.in = repair.NewInbox(c)
+}
+
+// receive is the receiver's message handler.
+func (w *world) receive(m client.Message) {
+	p, err := topic.Parse(string(m.Topic))
+	if err != nil {
+		w.t.Errorf("sent to %q: %v", m.Topic, err)
+		return
+	}
+	switch p.Kind {
+	case topic.KindDesiredDigest:
+		var d payload.Digest
+		if err := payload.Decode(m.Payload, &d); err != nil {
+			w.t.Error(err)
+		}
+		w.in.Digest(p.Node, d)
+	case topic.KindSyncDesiredManifest:
+		var sm payload.SyncManifest
+		if err := payload.Decode(m.Payload, &sm); err != nil {
+			w.t.Error(err)
+		}
+		w.in.Manifest(p.Node, sm, m.CorrelationData)
+	default:
+		if !m.Retain || m.QoS != 1 {
+			w.t.Errorf("%s: retain %v, QoS %d", m.Topic, m.Retain, m.QoS)
+		}
+		w.store(m.Topic, m.Payload)
+	}
+}
+
+func (w *world) store(t topic.Topic, p []byte) {
+	w.mu.Lock()
+	if w.broken || w.failing != nil && w.failing(t) {
+		w.mu.Unlock()
+		return
+	}
+	if len(p) == 0 {
+		delete(w.held, t)
+	} else {
+		w.held[t] = string(p)
+	}
+	w.mu.Unlock()
+	w.in.Put(t, p)
+}
+
+// answer is the writer's message handler.
+func (w *world) answer(m client.Message) {
+	p, err := topic.Parse(string(m.Topic))
+	if err != nil || p.Kind != topic.KindSyncDesiredRequest || m.Retain {
+		w.t.Errorf("request on %q: %v", m.Topic, err)
+		return
+	}
+	var r payload.SyncRequest
+	if err := payload.Decode(m.Payload, &r); err != nil {
+		w.t.Error(err)
+	}
+	w.out.Request(p.Node, r, m.ResponseTopic, m.CorrelationData)
+}
+
+// connect brings the wires up and runs both ends until hangUp.
+func (w *world) connect() {
+	w.hangUp()
+	w.down.set(true)
+	w.back.set(true)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	out, in := w.out, w.in
+	wg.Go(func() { _ = out.Run(ctx, w.down) })
+	wg.Go(func() { _ = in.Run(ctx, w.back) })
+	w.hangUp = func() {
+		cancel()
+		w.down.set(false)
+		w.back.set(false)
+		wg.Wait()
+		w.hangUp = func() {}
+	}
+}
+
+// listen brings the wire from the receiver up and runs the receiver alone.
+func (w *world) listen() (stop func()) {
+	w.back.set(true)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = w.in.Run(ctx, w.back) }()
+	return func() { cancel(); <-done }
+}
+
+// put changes the truth; an empty payload deletes.
+func (w *world) put(t topic.Topic, p string) {
+	w.mu.Lock()
+	if p == "" {
+		delete(w.truth, t)
+	} else {
+		w.truth[t] = p
+	}
+	w.mu.Unlock()
+	w.out.Touch(t)
+}
+
+// equal tells whether the receiver holds just the truth.
+func (w *world) equal() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Equal(w.truth, w.held)
+}
+
+func (w *world) holds() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.held)
+}
+
+func (w *world) inSync() bool { return w.equal() && w.in.InSync(plant) }
+
+// settle lets time pass until both sides agree; it tells how long it took.
+func (w *world) settle(within time.Duration) time.Duration {
+	w.t.Helper()
+	began := time.Now()
+	for !w.inSync() || w.out.Pending() > 0 {
+		if time.Since(began) > within {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.t.Fatalf("not equal after %s: %d topics of %d, in sync %v", within, len(w.held), len(w.truth), w.in.InSync(plant))
+		}
+		time.Sleep(10 * time.Millisecond) // the bubble's time
+	}
+	return time.Since(began)
+}
+
+// quiet lets everything that is under way arrive.
+func (w *world) quiet() { time.Sleep(time.Minute) }
+
+func device(i int) topic.Topic {
+	return topic.DesiredDevice(plant, "default", fmt.Sprintf("pump-%05d", i))
+}
+
+// count counts the messages by kind.
+func count(ms []client.Message) map[topic.Kind]int {
+	n := map[topic.Kind]int{}
+	for _, m := range ms {
+		p, _ := topic.Parse(string(m.Topic))
+		n[p.Kind]++
+	}
+	return n
+}
