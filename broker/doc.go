@@ -13,6 +13,19 @@
 // acknowledged message is stored, messages of one publisher keep their order,
 // and an interceptor sees a state that nobody else is changing.
 //
-// Locks: a connection's mu is a leaf. retained.mu is held for map work only,
-// never while anything is sent or stored.
+// A publish that is refused gets a reason code and a reason string. MQTT 3.1.1
+// has no negative acknowledgement: there, a message that its client may not
+// publish is acknowledged and dropped, counted and logged [MQTT 3.1.1, 3.3.5-2];
+// one that could not be stored ends the connection, as it must be sent again.
+//
+// A client id belongs to its identity. A connection that takes one over waits
+// until all that was the other's is gone, its Will included. Sessions end with
+// their connection; subscriptions are QoS 1 at most.
+//
+// Memory is bounded per connection (outbound queue, replays, subscriptions,
+// publishes under way); retained messages are bounded by the disk's reserve only.
+//
+// Locks: a connection's mu and a client's mu are leaves, Broker.mu comes before
+// neither. retained.mu is held for map work only. Nothing is sent or stored
+// under any of them.
 package broker

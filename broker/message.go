@@ -96,10 +96,12 @@ const (
 	Checkpoint
 )
 
-// EdgeDurability is the rule of an edge node: readings are checkpointed,
-// everything else is synced.
+// EdgeDurability is the rule of an edge node: readings are checkpointed, and so
+// is the node's description, which every start makes anew and which must get out
+// when the disk takes nothing any more; everything else is synced.
 func EdgeDurability(t topic.Topic) Durability {
-	if p, err := topic.Parse(string(t)); err == nil && p.Kind == topic.KindReportedTwin {
+	p, err := topic.Parse(string(t))
+	if err == nil && (p.Kind == topic.KindReportedTwin || p.Kind == topic.KindReportedNode) {
 		return Checkpoint
 	}
 	return Sync

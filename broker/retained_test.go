@@ -279,6 +279,9 @@ func TestNoReplayOfNews(t *testing.T) {
 	pub, _ := connect(t, addr, 5, "pub")
 	for i := range 100 {
 		pub.publish("t/old", "x", true)
+		if err := b.Do(t.Context(), func() []broker.Message { return nil }); err != nil { // it is out
+			t.Fatal(err)
+		}
 		sub, _ := connect(t, addr, 5, "sub")
 		sub.subscribe(packets.Subscription{Filter: "t/#", Qos: 1})
 		pub.publish("t/new", "y", true)

@@ -131,7 +131,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		}
 		log.Error("disk full: what became void while the node was off stays until there is room", "error", err)
 	}
-	if err := describe(ctx, bus, cfg); err != nil && ctx.Err() == nil {
+	self := node.Describe(cfg.Version)
+	if err := describe(ctx, bus, cfg.Node, self); err != nil && ctx.Err() == nil {
 		log.Error("node not described", "error", err)
 	}
 	var l *link.Link
@@ -169,6 +170,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		cfg.Ready(addrs)
 	}
 	g.Go(func() error { return engine.Run(ctx, bus) })
+	g.Go(func() error { return watchStore(ctx, bus, cfg.Node, self) })
 	if l != nil {
 		g.Go(func() error { return l.Run(ctx) })
 	}
@@ -247,12 +249,33 @@ func readToken(cfg Config) (string, error) {
 	return t, nil
 }
 
-// describe publishes reported/node, if it changed.
-func describe(ctx context.Context, bus *broker.Broker, cfg Config) error {
-	n := node.Describe(cfg.Version)
-	t, p := topic.ReportedNode(cfg.Node), payload.Encode(n)
+// describe publishes reported/node with the state of the store, if it changed.
+func describe(ctx context.Context, bus *broker.Broker, name string, self payload.Node) error {
+	if err := bus.StoreErr(); err != nil {
+		self.StoreError = err.Error()
+	}
+	t, p := topic.ReportedNode(name), payload.Encode(self)
 	if old, ok := bus.Retained(t); ok && string(old) == string(p) {
 		return nil
 	}
 	return bus.Publish(ctx, broker.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
+}
+
+// storeCheck is how soon the cloud learns that a node cannot store any more.
+const storeCheck = 5 * time.Second
+
+// watchStore tells in reported/node when the store refuses, and when it takes
+// again, until ctx ends.
+func watchStore(ctx context.Context, bus *broker.Broker, name string, self payload.Node) error {
+	tick := time.NewTicker(storeCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			// A bus that is closing refuses; there is nobody to tell then.
+			_ = describe(ctx, bus, name, self)
+		}
+	}
 }

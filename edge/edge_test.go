@@ -434,10 +434,13 @@ func TestFullDisk(t *testing.T) {
 	} else {
 		wantWords(t, r.Reason, "disk full", "make room")
 	}
+	described := topic.ReportedNode(cfg.Node)
+	eventually(t, "the node's description says so", func() bool { return p.has(described, "storeError", "disk full") })
 	if err := os.Remove(big); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the agent is ready again", func() bool { code, _ := a.get("/readyz"); return code == http.StatusOK })
+	eventually(t, "the description is clean again", func() bool { return p.has(described) && !p.has(described, "storeError") })
 	eventually(t, "the stale target is gone", func() bool { return !p.has(running) })
 	if err := p.Publish(t.Context(), client.Message{Topic: setting, Payload: []byte("50"), QoS: 1}); err != nil {
 		t.Error(err)

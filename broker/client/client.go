@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -58,8 +60,11 @@ type Config struct {
 	// Subscriptions are made at every connect, before OnUp.
 	Subscriptions []Subscription
 	// OnMessage gets every message in order; its QoS 1 message is acknowledged
-	// after it returned. It may block for a while, also on Publish: that holds
-	// back further messages, not acknowledgements.
+	// after it returned. The first may come before OnUp. It may block for a
+	// while, also on Publish: that holds back further messages, not
+	// acknowledgements, as long as no more than ReceiveMaximum wait. That bounds
+	// those of QoS 1; more of QoS 0 behind an OnMessage that waits for an answer
+	// end the connection as a dead link.
 	OnMessage func(Message)
 	// OnUp is called after the subscriptions were acknowledged, on Run's
 	// goroutine; it must not block. The context ends with the connection.
@@ -68,7 +73,7 @@ type Config struct {
 	OnDown func(error)
 
 	// MinBackoff and MaxBackoff bound the jittered wait between attempts;
-	// 1s and 30s by default.
+	// 1s and 30s by default, or less than 1s where MaxBackoff is.
 	MinBackoff, MaxBackoff time.Duration
 	// ReceiveMaximum bounds the messages that the broker may have in flight
 	// towards us; 256 by default.
@@ -122,8 +127,10 @@ type Client struct {
 type connection struct {
 	client  *paho.Client
 	session *teeSession
-	send    sync.Mutex // orders publishes; guards session.next
-	down    chan error // first reason why the connection ended
+	send    chan struct{} // capacity 1: orders publishes; guards session.next
+	down    chan error    // first reason why the connection ended
+	// maxPacket bounds what the broker takes; 0 is no bound.
+	maxPacket uint32
 }
 
 // New checks the config. It does not connect.
@@ -148,11 +155,14 @@ func New(cfg Config) (*Client, error) {
 	if k := c.cfg.KeepAlive; k < time.Second || k > 65535*time.Second {
 		return nil, fmt.Errorf("keepalive %s: want 1s to 18h12m15s", k)
 	}
-	if c.cfg.MinBackoff == 0 {
-		c.cfg.MinBackoff = time.Second
-	}
 	if c.cfg.MaxBackoff == 0 {
 		c.cfg.MaxBackoff = 30 * time.Second
+	}
+	if c.cfg.MinBackoff == 0 {
+		c.cfg.MinBackoff = min(time.Second, c.cfg.MaxBackoff)
+	}
+	if lo, hi := c.cfg.MinBackoff, c.cfg.MaxBackoff; lo < 0 || hi < lo {
+		return nil, fmt.Errorf("backoff from %s to %s: want the first above 0 and not above the second", lo, hi)
 	}
 	if c.cfg.ReceiveMaximum == 0 {
 		c.cfg.ReceiveMaximum = 256
@@ -196,7 +206,7 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	conn := &connection{down: make(chan error, 4)}
+	conn := &connection{down: make(chan error, 4), send: make(chan struct{}, 1)}
 	conn.session = &teeSession{State: state.NewInMemory(), lost: make(chan struct{})}
 	defer func() { _ = conn.session.Close() }()
 
@@ -206,11 +216,12 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 		default:
 		}
 	}
+	ping := newPinger(c.cfg.KeepAlive)
 	conn.client = paho.NewClient(paho.ClientConfig{
 		ClientID:    c.cfg.ClientID,
-		Conn:        newPacketConn(nc),
+		Conn:        newPacketConn(nc, ping),
 		Session:     conn.session,
-		PingHandler: &pinger{},
+		PingHandler: ping,
 		OnPublishReceived: []func(paho.PublishReceived) (bool, error){func(p paho.PublishReceived) (bool, error) {
 			if c.cfg.OnMessage != nil {
 				c.cfg.OnMessage(fromPaho(p.Packet))
@@ -243,7 +254,17 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 			}
 			return false, r
 		}
+		switch {
+		case ctx.Err() != nil:
+		case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+			err = fmt.Errorf("no answer within %s, is this an MQTT broker? %w", dialTimeout, err)
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			err = fmt.Errorf("the other side hung up without an answer, is this an MQTT 5 broker? %w", err)
+		}
 		return false, fmt.Errorf("connect: %w", err)
+	}
+	if p := ack.Properties; p != nil && p.MaximumPacketSize != nil {
+		conn.maxPacket = *p.MaximumPacketSize
 	}
 	defer func() { <-conn.client.Done() }()
 	// Whoever left a Will wants it published whenever it goes: 0x04 asks for
@@ -276,6 +297,9 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 	case <-ctx.Done():
 		err = ctx.Err()
 	case err = <-conn.down:
+		if ping.dead.Load() {
+			err = errNoPong
+		}
 	}
 	c.mu.Lock()
 	c.mu.conn = nil
@@ -321,8 +345,23 @@ func (c *Client) subscribe(ctx context.Context, conn *connection) error {
 			NoLocal: sub.NoLocal, RetainAsPublished: sub.RetainAsPublished,
 		})
 	}
-	ack, err := conn.client.Subscribe(ctx, s)
+	// paho does not notice that the answer cannot come any more.
+	sctx, cancel := context.WithCancel(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-conn.session.lost:
+			cancel()
+		case <-sctx.Done():
+		}
+	}()
+	defer func() { cancel(); <-watched }()
+	ack, err := conn.client.Subscribe(sctx, s)
 	if ack != nil {
+		if len(ack.Reasons) != len(c.cfg.Subscriptions) {
+			return fmt.Errorf("subscribe: the broker gave %d reason codes for %d subscriptions", len(ack.Reasons), len(c.cfg.Subscriptions))
+		}
 		for i, code := range ack.Reasons {
 			if code >= 0x80 {
 				r := &Refused{Code: code}
@@ -333,10 +372,21 @@ func (c *Client) subscribe(ctx context.Context, conn *connection) error {
 			}
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("subscribe: %w", err)
+	if err == nil {
+		return nil
 	}
-	return nil
+	select {
+	case <-conn.session.lost:
+		select {
+		case err = <-conn.down: // why
+		case <-ctx.Done():
+		}
+	default:
+		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			err = errors.New("no answer within 10s") // paho's bound
+		}
+	}
+	return fmt.Errorf("subscribe: %w", err)
 }
 
 // Connected tells whether there is a connection with its subscriptions made.
@@ -361,6 +411,8 @@ func (c *Client) Drop(reason error) {
 
 // Publish sends a message and, for QoS 1 and 2, waits for the broker's answer:
 // nil, a *[Refused], [ErrLost], [ErrOffline] or ctx's error. It does not retry.
+// A message beyond the broker's maximum packet size is refused with 0x95 without
+// being sent, as the broker would hang up.
 func (c *Client) Publish(ctx context.Context, m Message) error {
 	ack, err := c.Send(ctx, m)
 	if err != nil {
@@ -384,18 +436,38 @@ func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
 	if conn == nil {
 		return nil, ErrOffline
 	}
+	answer := make(chan error, 1)
+	if n := size(&m); conn.maxPacket > 0 && n > uint64(conn.maxPacket) {
+		answer <- &Refused{Code: packets.DisconnectPacketTooLarge, Reason: fmt.Sprintf("a packet of %d bytes is over the broker's limit of %d", n, conn.maxPacket)}
+		return answer, nil
+	}
 	p := &paho.Publish{Topic: string(m.Topic), Payload: m.Payload, QoS: m.QoS, Retain: m.Retain}
 	if m.ResponseTopic != "" || len(m.CorrelationData) > 0 {
 		p.Properties = &paho.PublishProperties{ResponseTopic: m.ResponseTopic, CorrelationData: m.CorrelationData}
 	}
-	answer := make(chan error, 1)
 	resp := make(chan packets.ControlPacket, 1)
 
-	conn.send.Lock()
+	select {
+	case conn.send <- struct{}{}:
+	case <-conn.session.lost:
+		return nil, ErrOffline
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if err := ctx.Err(); err != nil { // paho sends nevertheless
+		<-conn.send
+		return nil, err
+	}
+	select {
+	case <-conn.session.lost: // paho takes QoS 0 nevertheless
+		<-conn.send
+		return nil, ErrOffline
+	default:
+	}
 	conn.session.next = resp
 	_, err := conn.client.PublishWithOptions(ctx, p, paho.PublishOptions{Method: paho.PublishMethod_AsyncSend})
 	conn.session.next = nil
-	conn.send.Unlock()
+	<-conn.send
 
 	switch {
 	case m.QoS == 0 && err == nil:
@@ -424,6 +496,29 @@ func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
 		}
 	}()
 	return answer, nil
+}
+
+// size is the length of the message's PUBLISH on the wire.
+func size(m *Message) uint64 {
+	varint := func(n int) int {
+		l := 1
+		for ; n >= 128; n >>= 7 {
+			l++
+		}
+		return l
+	}
+	props := 0
+	if m.ResponseTopic != "" {
+		props += 3 + len(m.ResponseTopic)
+	}
+	if len(m.CorrelationData) > 0 {
+		props += 3 + len(m.CorrelationData)
+	}
+	n := 2 + len(m.Topic) + varint(props) + props + len(m.Payload)
+	if m.QoS > 0 {
+		n += 2
+	}
+	return uint64(1 + varint(n) + n)
 }
 
 func outcome(r packets.ControlPacket) error {

@@ -287,7 +287,7 @@ func TestPublishOutcomes(t *testing.T) {
 		t.Errorf("lost: %v", err)
 	}
 	close(g.open)
-	<-r.down
+	_ = receive(t, "down", r.down)
 	receive(t, "up again", r.up)
 	r.stop()
 	if err := r.Publish(t.Context(), client.Message{Topic: "a", QoS: 1}); !errors.Is(err, client.ErrOffline) {
@@ -410,7 +410,7 @@ func TestPublishFromOnMessage(t *testing.T) {
 	for range 5 {
 		flood(200)
 		r.Drop(errors.New("test"))
-		<-r.down
+		_ = receive(t, "down", r.down)
 		receive(t, "up", r.up)
 	}
 }

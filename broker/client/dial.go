@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -36,6 +37,14 @@ func ParseURL(raw string, tlsConfig *tls.Config) (*Dialer, error) {
 	}
 	u, err := url.Parse(raw)
 	if err != nil {
+		var ue *url.Error // repeats the address
+		if errors.As(err, &ue) {
+			err = ue.Err
+		}
+		if at := strings.LastIndex(raw, "@"); at >= 0 { // credentials are not for logs
+			scheme, _, _ := strings.Cut(raw, "://")
+			return nil, fmt.Errorf("broker address %q is no URL: leave the credentials out, they have options of their own", scheme+"://…"+raw[at:])
+		}
 		return nil, fmt.Errorf("broker address %q: %w; want mqtt://host:port, ws://host:port/path or unix:///path", raw, err)
 	}
 	if u.User != nil {
@@ -47,13 +56,21 @@ func ParseURL(raw string, tlsConfig *tls.Config) (*Dialer, error) {
 		if u.Path == "" || u.Host != "" {
 			return nil, fmt.Errorf("broker address %q: want unix:///absolute/path", raw)
 		}
+		if len(u.Path) > 107 {
+			return nil, fmt.Errorf("broker address %q: the path has %d characters, the system allows 107", raw, len(u.Path))
+		}
 		return &Dialer{u: u}, nil
 	case port == "":
 		return nil, fmt.Errorf("broker address %q: scheme %q is not one of mqtt, mqtts, ws, wss, unix", raw, u.Scheme)
 	case u.Hostname() == "":
 		return nil, fmt.Errorf("broker address %q has no host", raw)
+	case (u.Scheme == "mqtt" || u.Scheme == "tcp" || u.Scheme == "mqtts") && (strings.Trim(u.Path, "/") != "" || u.RawQuery != ""):
+		return nil, fmt.Errorf("broker address %q: only ws and wss have a path; want mqtt://host:port or ws://host:port/path", raw)
 	case u.Port() == "":
 		u.Host = net.JoinHostPort(u.Hostname(), port)
+	}
+	if n, err := strconv.ParseUint(u.Port(), 10, 16); err != nil || n == 0 {
+		return nil, fmt.Errorf("broker address %q: invalid port %q: want 1 to 65535", raw, u.Port())
 	}
 	if tlsConfig == nil {
 		tlsConfig = &tls.Config{MinVersion: tls.VersionTLS13}

@@ -13,41 +13,53 @@ import (
 
 var errNoPong = errors.New("no answer to a ping within half the keepalive: the link is dead")
 
-// pinger asks for a sign of life after a keepalive without traffic in either
-// direction, and gives up half a keepalive later. paho's own gives up after two
-// keepalives.
+// pinger asks for a sign of life after a keepalive without traffic in one of
+// the directions, and gives up half a keepalive later. paho's own gives up after
+// two keepalives. Its clock is the monotonic one: a node without a battery
+// sets its wall clock when the link is up already.
 type pinger struct {
-	sent, received atomic.Int64 // UnixNano of the last packet
+	began time.Time
+	own   time.Duration // the interval, unless the broker wants a shorter one; 0 is the broker's
+
+	sent, received atomic.Int64 // of the last sign, since began
+	dead           atomic.Bool  // it gave up: whatever else is said of the connection's end follows from that
 }
+
+func newPinger(own time.Duration) *pinger { return &pinger{began: time.Now(), own: own} }
 
 // Run implements paho.Pinger.
 func (p *pinger) Run(ctx context.Context, conn net.Conn, keepAlive uint16) error {
-	if keepAlive == 0 {
+	// More pings than the broker asks for are always allowed, and a broker that
+	// wants none leaves the dead link to us.
+	interval := p.own
+	if k := time.Duration(keepAlive) * time.Second; k > 0 && (interval == 0 || k < interval) {
+		interval = k
+	}
+	if interval == 0 {
 		return nil
 	}
-	interval := time.Duration(keepAlive) * time.Second
-	now := time.Now().UnixNano()
-	p.sent.Store(now)
-	p.received.Store(now)
+	p.PacketSent()
+	p.PacketReceived()
 	failed := make(chan error, 1)
 	timer := time.NewTimer(interval)
 	defer timer.Stop()
-	var asked time.Time
+	asked := time.Duration(-1) // when, since began
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-failed:
 			return err
-		case now := <-timer.C:
-			received := time.Unix(0, p.received.Load())
-			if !asked.IsZero() && received.Before(asked) {
+		case <-timer.C:
+			now, received := time.Since(p.began), time.Duration(p.received.Load())
+			if asked >= 0 && received < asked {
+				p.dead.Store(true)
 				return errNoPong
 			}
-			asked = time.Time{}
-			idle := min(p.sent.Load(), p.received.Load())
-			if due := time.Unix(0, idle).Add(interval); now.Before(due) {
-				timer.Reset(due.Sub(now))
+			asked = -1
+			idle := min(time.Duration(p.sent.Load()), received)
+			if due := idle + interval; now < due {
+				timer.Reset(due - now)
 				continue
 			}
 			asked = now
@@ -67,10 +79,10 @@ func (p *pinger) Run(ctx context.Context, conn net.Conn, keepAlive uint16) error
 }
 
 // PacketSent implements paho.Pinger.
-func (p *pinger) PacketSent() { p.sent.Store(time.Now().UnixNano()) }
+func (p *pinger) PacketSent() { p.sent.Store(int64(time.Since(p.began))) }
 
 // PacketReceived implements paho.Pinger.
-func (p *pinger) PacketReceived() { p.received.Store(time.Now().UnixNano()) }
+func (p *pinger) PacketReceived() { p.received.Store(int64(time.Since(p.began))) }
 
 // PingResp implements paho.Pinger.
 func (p *pinger) PingResp() { p.PacketReceived() }

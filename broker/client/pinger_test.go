@@ -28,7 +28,7 @@ func TestPinger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const keepAlive = 20 * time.Second
 		here, there := net.Pipe()
-		p := &pinger{}
+		p := newPinger(0)
 		asked := make(chan time.Time, 100)
 		go peer(there, 3, p, asked)
 		began := time.Now()
@@ -60,7 +60,7 @@ func TestPingerTraffic(t *testing.T) {
 	}{{"both", true, true, false}, {"sent", true, false, true}, {"received", false, true, true}} {
 		synctest.Test(t, func(t *testing.T) {
 			here, there := net.Pipe()
-			p := &pinger{}
+			p := newPinger(0)
 			asked := make(chan time.Time, 100)
 			go peer(there, 100, p, asked)
 			ctx, cancel := context.WithCancel(t.Context())
@@ -93,12 +93,12 @@ func TestPingerFullLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		here, there := net.Pipe() // nobody reads
 		began := time.Now()
-		if err := (&pinger{}).Run(t.Context(), here, 10); !errors.Is(err, errNoPong) || time.Since(began) != 15*time.Second {
+		if err := newPinger(0).Run(t.Context(), here, 10); !errors.Is(err, errNoPong) || time.Since(began) != 15*time.Second {
 			t.Errorf("got %v after %s", err, time.Since(began))
 		}
 		_, _ = here.Close(), there.Close()
 		synctest.Wait()
-		if err := (&pinger{}).Run(t.Context(), here, 0); err != nil {
+		if err := newPinger(0).Run(t.Context(), here, 0); err != nil {
 			t.Errorf("no keepalive: %v", err)
 		}
 	})

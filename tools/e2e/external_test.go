@@ -27,7 +27,7 @@ func TestExternalBroker(t *testing.T) {
 	}
 	// The test is about the fabric on MQTT semantics alone; access is that broker's.
 	text += "allow_anonymous true\npersistence false\n"
-	if err := os.WriteFile(conf, []byte(text), 0o644); err != nil { //nolint:gosec // mosquitto drops its rights
+	if err := os.WriteFile(conf, []byte(text), 0o644); err != nil { // readable: mosquitto drops its rights
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
