@@ -268,7 +268,9 @@ func TestSignsOfLife(t *testing.T) {
 			t.Errorf("%d pings beside a message a second", n)
 		}
 		stop()
-		<-end
+		if err := <-end; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
 	})
 }
 

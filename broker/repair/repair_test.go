@@ -654,7 +654,9 @@ func TestForeignManifest(t *testing.T) {
 			t.Errorf("asked %v", asked)
 		}
 		cancel()
-		<-done
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
 	})
 }
 
@@ -762,7 +764,9 @@ func TestOneRunAtATime(t *testing.T) {
 			t.Error(err)
 		}
 		endSecond()
-		<-done
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
 	})
 }
 
