@@ -92,6 +92,7 @@ func TestWillAfterCrash(t *testing.T) {
 	left, _ := connect(t, addr, 5, "left", will("gone/left", "bye", true))
 	left.bye(0)
 	left.closed()
+	connect(t, addr, 5, "left") // gets the id once all that was the other's is gone
 	lost, _ := connect(t, addr, 5, "lost", will("gone/lost", "1", true))
 	_ = lost.Close()
 	eventually(t, "the third Will", func() bool { _, ok := b.Retained("gone/lost"); return ok })

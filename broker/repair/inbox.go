@@ -191,10 +191,15 @@ func (i *Inbox) Digest(node string, d payload.Digest) {
 	i.mu.Lock()
 	n := i.nodeLocked(node)
 	n.writer, n.heard = d, true
+	wait := again
 	if n.asked == "" {
 		i.compareLocked(n)
-	} else if at := later(n.askedAt.Add(again), time.Now().Add(settle)); at.Before(n.due) {
-		n.due = at // the writer lives: it need not be waited for any longer
+		wait = n.pause
+	}
+	// A digest that still differs says that the writer lives, and that its
+	// answer, where it gave one, is complete: neither has to be waited for.
+	if at := later(n.askedAt.Add(wait), time.Now().Add(settle)); n.pause > 0 && at.Before(n.due) {
+		n.due = at
 	}
 	i.mu.Unlock()
 	i.signal()

@@ -439,6 +439,32 @@ func TestStoreFails(t *testing.T) {
 	})
 }
 
+// One that failed for a moment need not wait long: the digest behind the answer
+// says that the answer is complete and that the sets still differ.
+func TestStoreFailsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, false)
+		defer w.close()
+		w.connect()
+		w.settle(time.Minute)
+		w.mu.Lock()
+		w.broken = true
+		w.mu.Unlock()
+		w.put(device(1), "x")
+		time.Sleep(2 * time.Second)
+		if n := w.in.Repairs(); n != 1 {
+			t.Errorf("%d repairs", n)
+		}
+		w.mu.Lock()
+		w.broken = false
+		w.mu.Unlock()
+		w.settle(6 * time.Second)
+		if n := w.in.Repairs(); n != 2 {
+			t.Errorf("%d repairs", n)
+		}
+	})
+}
+
 // What a repair asked for is known until it comes.
 func TestWanted(t *testing.T) {
 	for _, keep := range []bool{false, true} {

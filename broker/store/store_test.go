@@ -577,7 +577,7 @@ func FuzzRoundTrip(f *testing.F) {
 	f.Add("", []byte{}, byte(0), int64(1<<62), "", "", []byte(nil), "", "")
 	f.Fuzz(func(t *testing.T, topic string, payload []byte, qos byte, exp int64, ct, re string, cd []byte, k, v string) {
 		if exp < 0 || len(payload) == 0 {
-			t.Skip()
+			return // never stored: an empty payload clears its topic
 		}
 		in := store.Retained{Topic: topic, Payload: payload, QoS: qos, Expires: exp, Props: store.Props{
 			ContentType: strings.ToValidUTF8(ct, "?"), ResponseTopic: strings.ToValidUTF8(re, "?"), CorrelationData: cd,
