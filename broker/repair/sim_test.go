@@ -196,6 +196,8 @@ type world struct {
 	back *wire // receiver to writer
 	keep bool  // the receiver leaves it to the writer to clear what is absent
 
+	// mu guards what follows, and out and in against the wires: a message that is
+	// on its way when a side restarts reaches the old one or the new one.
 	mu      sync.Mutex
 	truth   map[topic.Topic]string
 	held    map[topic.Topic]string
@@ -223,7 +225,7 @@ func (w *world) close() {
 }
 
 func (w *world) newOutbox() {
-	w.out = repair.NewOutbox(repair.OutboxConfig{
+	out := repair.NewOutbox(repair.OutboxConfig{
 		Direction: topic.Desired, Epoch: "e", Logger: slog.New(slog.DiscardHandler),
 		Get: func(t topic.Topic) ([]byte, bool) {
 			w.mu.Lock()
@@ -232,7 +234,17 @@ func (w *world) newOutbox() {
 			return []byte(p), ok
 		},
 	})
-	w.out.AddNode(plant)
+	out.AddNode(plant)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.out = out
+}
+
+// ends gives both sides to the wires' goroutines.
+func (w *world) ends() (*repair.Outbox, *repair.Inbox) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.out, w.in
 }
 
 func (w *world) newInbox() {
@@ -245,7 +257,10 @@ func (w *world) newInbox() {
 			w.store(t, nil)
 		}
 	}
-	w.in = repair.NewInbox(c)
+	in := repair.NewInbox(c)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.in = in
 }
 
 // receive is the receiver's message handler.
@@ -255,19 +270,20 @@ func (w *world) receive(m client.Message) {
 		w.t.Errorf("sent to %q: %v", m.Topic, err)
 		return
 	}
+	_, in := w.ends()
 	switch p.Kind {
 	case topic.KindDesiredDigest:
 		var d payload.Digest
 		if err := payload.Decode(m.Payload, &d); err != nil {
 			w.t.Error(err)
 		}
-		w.in.Digest(p.Node, d)
+		in.Digest(p.Node, d)
 	case topic.KindSyncDesiredManifest:
 		var sm payload.SyncManifest
 		if err := payload.Decode(m.Payload, &sm); err != nil {
 			w.t.Error(err)
 		}
-		w.in.Manifest(p.Node, sm, m.CorrelationData)
+		in.Manifest(p.Node, sm, m.CorrelationData)
 	default:
 		if !m.Retain || m.QoS != 1 {
 			w.t.Errorf("%s: retain %v, QoS %d", m.Topic, m.Retain, m.QoS)
@@ -287,8 +303,9 @@ func (w *world) store(t topic.Topic, p []byte) {
 	} else {
 		w.held[t] = string(p)
 	}
+	in := w.in
 	w.mu.Unlock()
-	w.in.Put(t, p)
+	in.Put(t, p)
 }
 
 // answer is the writer's message handler.
@@ -302,7 +319,8 @@ func (w *world) answer(m client.Message) {
 	if err := payload.Decode(m.Payload, &r); err != nil {
 		w.t.Error(err)
 	}
-	w.out.Request(p.Node, r, m.ResponseTopic, m.CorrelationData)
+	out, _ := w.ends()
+	out.Request(p.Node, r, m.ResponseTopic, m.CorrelationData)
 }
 
 // connect brings the wires up and runs both ends until hangUp.
