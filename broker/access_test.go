@@ -192,7 +192,7 @@ func TestSubscribeRefused(t *testing.T) {
 		r.bye(0)
 	}
 	r, _ := connect(t, addr, 4, "v3", user("node"))
-	if got := r.subscribe(packets.Subscription{Filter: "#"}, packets.Subscription{Filter: "fl/plant-7/#", Qos: 2}); got.ReasonCodes[0] != 0x80 || got.ReasonCodes[1] != 1 {
+	if got := r.subscribe(packets.Subscription{Filter: "#"}, packets.Subscription{Filter: "fl/plant-7/#", Qos: 2}); got.ReasonCodes[0] != 0x80 || got.ReasonCodes[1] != 2 {
 		t.Errorf("v3.1.1: got %x", got.ReasonCodes)
 	}
 }

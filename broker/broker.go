@@ -2,13 +2,12 @@ package broker
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
@@ -38,22 +37,44 @@ type Options struct {
 	Durability func(topic.Topic) Durability
 	// Checkpoint is how often checkpointed messages are written; 60 s where it is 0.
 	Checkpoint time.Duration
+	// EventBytes is the size of a node's event log, beyond which the oldest events
+	// are dropped; 0 is no log.
+	EventBytes int64
+	// EventAge is when an event is dropped from the log; 0 is never.
+	EventAge time.Duration
 	// MaxPacket bounds one packet; 4 MiB where it is 0: a ConfigMap of 1 MiB
 	// with every byte escaped still fits.
 	MaxPacket uint32
 	// MaxClients bounds each listener's connections; 1,024 where it is 0.
 	MaxClients int
+	// MaxSessions bounds the sessions that outlive their connection; 10,000
+	// where it is 0.
+	MaxSessions int
+	// Queue bounds the messages that wait for one such session.
+	Queue QueueLimits
 	// ConnectDeadline bounds the time from accept to a complete CONNECT; 10 s
 	// where it is 0.
 	ConnectDeadline time.Duration
 	// AllowedOrigins are the browser origins that may use the WebSocket listener
 	// beside the listener's own address.
 	AllowedOrigins []string
+	// TLS has the certificate of the mqtts and wss listeners. Their protocols are
+	// set for it, and TLS 1.2 at least.
+	TLS *tls.Config
 	// Store are the store's settings.
 	Store store.Options
 	// Metrics gets the broker's metrics; nil is none.
 	Metrics prometheus.Registerer
 	Logger  *slog.Logger
+}
+
+// QueueLimits bound what waits in the store for one session, delivered or not,
+// until its client acknowledges it. When a limit is reached the oldest messages
+// are dropped and counted, or, for publishers on a listener that says
+// queue-full=refuse, the new message is refused with 0x97.
+type QueueLimits struct {
+	Messages int   // 100,000 where it is 0
+	Bytes    int64 // 64 MiB where it is 0
 }
 
 // ConnectInfo is what a client says of itself when it connects.
@@ -66,8 +87,8 @@ type ConnectInfo struct {
 	Password []byte
 }
 
-// maxBatch bounds how many publishes share one commit.
-const maxBatch = 256
+// maxBatch bounds how many operations share one commit.
+const maxBatch = 1024
 
 // receiveMaximum bounds the publishes of a client that are not acknowledged yet.
 const receiveMaximum = 1024
@@ -80,13 +101,13 @@ type Broker struct {
 	opts     Options
 	log      *slog.Logger
 	mqtt     *mqtt.Server
-	hook     *hook
 	store    *store.Store
 	aside    string
 	retained retained
 	metrics  *metrics
-	ops      chan op
-	seq      atomic.Uint64 // of the newest retained message
+	stats    stats
+	inbox    inbox
+	events   *events
 	denied   *limiter
 
 	stopping chan struct{} // closed by Close: no new work
@@ -95,9 +116,20 @@ type Broker struct {
 	wg       sync.WaitGroup // accept loops and connections
 
 	// The core's own.
-	dirty   map[topic.Topic]struct{} // checkpointed topics not yet on the disk
-	wills   map[string]*store.Will   // Wills that the store could not take or, for nil, forget
-	watches []*watch
+	seq      uint64                   // of the newest retained message
+	dirty    map[topic.Topic]struct{} // checkpointed topics not yet on the disk
+	wills    map[string]*store.Will   // Wills that the store could not take or, for nil, forget
+	watches  []*watch
+	sessions map[string]*session // by client id
+	stored   int                 // of them in the store
+	lastNum  uint64              // the newest session's
+	subs     subscriptions
+	levels   []*level // scratch of match
+	hits     uint64   // messages matched
+	tx       tx
+	alarm    *time.Timer // for what happens by itself
+	alarmAt  time.Time
+	sys      sys
 
 	orphans  []store.Will // of who was connected when a killed broker died
 	inherit  sync.Once    // publishes them
@@ -107,24 +139,10 @@ type Broker struct {
 	mu struct {
 		sync.Mutex
 		closed    bool
-		conns     map[string]*conn   // with CONNACK out, by client id
-		claims    map[string]*client // by client id
-		live      map[*client]struct{}
+		claims    map[string]*conn // by client id
+		live      map[*conn]struct{}
 		listeners []func()
 	}
-}
-
-// op is work for the core.
-type op struct {
-	msgs      []Message
-	intercept bool
-	// fn runs on the core and may add messages.
-	fn func() []Message
-	// wills to store or forget, by client id.
-	putWill *store.Will
-	delWill string
-	// done gets the outcome once everything is durable; it must not block.
-	done func(error)
 }
 
 // watch is an in-process subscription.
@@ -153,57 +171,61 @@ func Open(o Options) (*Broker, error) {
 	if o.MaxClients == 0 {
 		o.MaxClients = 1024
 	}
+	if o.MaxSessions == 0 {
+		o.MaxSessions = 10000
+	}
+	if o.Queue.Messages == 0 {
+		o.Queue.Messages = 100000
+	}
+	if o.Queue.Bytes == 0 {
+		o.Queue.Bytes = 64 << 20
+	}
 	if o.ConnectDeadline == 0 {
 		o.ConnectDeadline = 10 * time.Second
 	}
 	o.Store.Logger = o.Logger
 	b := &Broker{
 		opts: o, log: o.Logger,
-		ops:      make(chan op, 1024),
 		stopping: make(chan struct{}),
 		quit:     make(chan struct{}),
 		coreDone: make(chan struct{}),
 		dirty:    map[topic.Topic]struct{}{},
 		wills:    map[string]*store.Will{},
+		sessions: map[string]*session{},
 		denied:   newLimiter(),
 	}
-	b.mu.conns = map[string]*conn{}
-	b.mu.claims = map[string]*client{}
-	b.mu.live = map[*client]struct{}{}
+	b.inbox.init()
+	b.mu.claims = map[string]*conn{}
+	b.mu.live = map[*conn]struct{}{}
+	b.events = newEvents(b)
 	if err := b.openStore(); err != nil {
 		return nil, err
 	}
 	b.metrics = newMetrics(o.Metrics, b)
+	b.events.register(o.Metrics)
 	b.mqtt = mqtt.New(&mqtt.Options{
-		// Routing, retained messages, sessions and acknowledgements are ours;
-		// what is left to mochi is the protocol and $SYS.
+		// mochi reads, checks and decodes what clients send. It is not served:
+		// connections, routing, sessions and acknowledgements are ours.
 		Capabilities: &mqtt.Capabilities{
-			MaximumClients:               1 << 30, // each listener has its own bound
-			MaximumClientWritesPending:   64,      // $SYS alone goes through mochi's queue
-			MaximumSessionExpiryInterval: 0,
+			MaximumClientWritesPending:   1,
+			MaximumSessionExpiryInterval: store.NeverExpires,
 			MaximumPacketSize:            0, // frameConn answers an over-long packet before mochi hangs up
 			ReceiveMaximum:               receiveMaximum,
-			MaximumInflight:              1024,
+			MaximumInflight:              1<<16 - 1,
 			SharedSubAvailable:           1,
 			MinimumProtocolVersion:       3,
 			MaximumQos:                   2,
 			RetainAvailable:              1,
 			WildcardSubAvailable:         1,
 			SubIDAvailable:               1,
-			Compatibilities:              mqtt.Compatibilities{NoInheritedPropertiesOnAck: true},
 		},
-		SysTopicResendInterval: 30,
-		// 1 turns mochi's write buffer off: it keeps our packets back while $SYS waits.
-		ClientNetWriteBufferSize: 1,
-		Logger:                   slog.New(slog.DiscardHandler), // it logs payloads; ours says what matters
+		SysTopicResendInterval:  1,
+		ClientNetReadBufferSize: readBuffer,
+		Logger:                  slog.New(slog.DiscardHandler), // it logs payloads; ours says what matters
 	})
-	b.hook = &hook{b: b}
-	if err := b.mqtt.AddHook(b.hook, nil); err != nil {
-		return nil, errors.Join(fmt.Errorf("broker: %w", err), b.store.Close())
-	}
-	if err := b.mqtt.Serve(); err != nil {
-		return nil, errors.Join(fmt.Errorf("broker: %w", err), b.store.Close())
-	}
+	b.alarm = time.NewTimer(time.Hour)
+	b.alarm.Stop()
+	b.sys.began = time.Now()
 	go b.core()
 	return b, nil
 }
@@ -228,33 +250,10 @@ func (b *Broker) openStore() error {
 	if err != nil {
 		return err
 	}
-	b.retained, b.orphans = retained{}, nil
+	b.retained, b.orphans, b.sessions, b.subs = retained{}, nil, map[string]*session{}, subscriptions{}
+	b.events = newEvents(b)
 	b.store, _, err = store.Open(b.opts.Dir, b.opts.Store)
 	return err
-}
-
-// inheritWills publishes the Wills of those who were connected when a killed
-// broker died: they are not connected now. It waits for the first way in, so
-// that the interceptors are ready, and whoever comes sees the outcome.
-func (b *Broker) inheritWills() {
-	b.inherit.Do(func() {
-		for i := range b.orphans {
-			w := &b.orphans[i]
-			b.enqueue(op{msgs: []Message{fromWill(w)}, intercept: true, delWill: w.ClientID, done: b.willDone(w)})
-		}
-		b.orphans = nil
-	})
-}
-
-func (b *Broker) load() ([]store.Will, error) {
-	err := b.store.EachRetained(func(r store.Retained) error {
-		b.retained.put(&Message{Topic: topic.Topic(r.Topic), Payload: r.Payload, QoS: r.QoS, Retain: true, Expires: r.Expires, Props: r.Props})
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return b.store.Wills()
 }
 
 // SetAside names the folder that a corrupt store was renamed to, or is empty.
@@ -288,13 +287,18 @@ func (b *Broker) RetainedMatch(f topic.Filter) []Message {
 // batch, and returns when they are as durable as their topics ask for. The
 // interceptors see them; access rules do not apply. Not to be called on the core.
 func (b *Broker) Publish(ctx context.Context, msgs ...Message) error {
-	return b.do(ctx, op{msgs: slices.Clone(msgs), intercept: true})
+	o := op{intercept: true}
+	for i := range msgs {
+		m := msgs[i]
+		o.msgs = append(o.msgs, &m)
+	}
+	return b.do(ctx, o)
 }
 
 // Do runs fn on the core, between two publishes, and publishes what it returns,
 // past the interceptors.
 func (b *Broker) Do(ctx context.Context, fn func() []Message) error {
-	return b.do(ctx, op{fn: fn})
+	return b.do(ctx, op{fn: func(t *tx, r *result) { t.add(r, fn()) }})
 }
 
 // Watch calls fn on the core for every retained message that the filter
@@ -327,220 +331,6 @@ func (b *Broker) Watch(ctx context.Context, f topic.Filter, fn func(Message)) (s
 	}, nil
 }
 
-func (b *Broker) do(ctx context.Context, o op) error {
-	done := make(chan error, 1)
-	o.done = func(err error) { done <- err }
-	select {
-	case b.ops <- o:
-	case <-b.stopping:
-		return ErrClosed
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-done:
-		return err
-	case <-b.coreDone:
-		select {
-		case err := <-done: // the core's last deed
-			return err
-		default:
-			return ErrClosed
-		}
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// enqueue hands work to the core and blocks while its queue is full: a client
-// whose packets cannot be taken is simply not read from.
-func (b *Broker) enqueue(o op) {
-	select {
-	case b.ops <- o:
-	case <-b.coreDone:
-	}
-}
-
-// core is the one goroutine that changes state.
-func (b *Broker) core() {
-	defer close(b.coreDone)
-	tick := time.NewTicker(b.opts.Checkpoint)
-	defer tick.Stop()
-	batch := make([]op, 0, maxBatch)
-	for {
-		select {
-		case o := <-b.ops:
-			batch = b.fill(append(batch[:0], o))
-			b.commit(batch)
-			clear(batch)
-		case <-tick.C:
-			b.expire()
-			b.checkpoint()
-		case <-b.quit:
-			for {
-				if batch = b.fill(batch[:0]); len(batch) == 0 {
-					b.checkpoint()
-					return
-				}
-				b.commit(batch)
-			}
-		}
-	}
-}
-
-// fill adds what waits already, up to a batch.
-func (b *Broker) fill(batch []op) []op {
-	for len(batch) < maxBatch {
-		select {
-		case o := <-b.ops:
-			batch = append(batch, o)
-		default:
-			return batch
-		}
-	}
-	return batch
-}
-
-// outcome is what became of one op.
-type outcome struct {
-	err    error
-	out    []*Message
-	stored bool // it depends on the batch
-}
-
-// before is what a batch replaced, for the case that the store refuses it.
-type before struct {
-	m     *Message // nil for none
-	dirty bool
-}
-
-// commit runs a batch of work: intercept, store, wait for the disk, then
-// acknowledge and publish.
-func (b *Broker) commit(ops []op) {
-	sb := b.store.NewBatch()
-	sync := false
-	results := make([]outcome, len(ops))
-	undo := map[topic.Topic]before{}
-	for i, o := range ops {
-		r := &results[i]
-		var also []Message
-		if o.intercept {
-			also, r.err = b.intercept(o.msgs)
-		}
-		msgs := o.msgs
-		if r.err != nil {
-			msgs = nil
-		}
-		if o.fn != nil {
-			also = append(also, o.fn()...)
-		}
-		for _, ms := range [][]Message{msgs, also} {
-			for j := range ms {
-				m := &ms[j]
-				if len(ms) > 1 { // the index must not keep its neighbours in memory
-					m = new(Message)
-					*m = ms[j]
-				}
-				if m.Retain {
-					stored, synced := b.keep(sb, m, undo)
-					r.stored, sync = r.stored || stored, sync || synced
-				}
-				r.out = append(r.out, m)
-			}
-		}
-		// Unsynced, a Will would stay in the process's own memory.
-		if o.putWill != nil {
-			b.wills[o.putWill.ClientID], sync = o.putWill, true
-		}
-		if o.delWill != "" {
-			b.wills[o.delWill], sync = nil, true
-		}
-	}
-	b.putWills(sb)
-	if err := b.write(sb, sync); err != nil {
-		b.undo(undo)
-		for i := range results {
-			r := &results[i]
-			if r.stored {
-				if r.err == nil {
-					r.err = err
-				}
-				r.out = nil
-				continue
-			}
-			for _, m := range r.out { // readings do not need the disk
-				if m.Retain && len(m.Payload) > 0 {
-					b.retained.put(m)
-					b.dirty[m.Topic] = struct{}{}
-				}
-			}
-		}
-		b.undone()
-	} else {
-		clear(b.wills)
-	}
-	for i, o := range ops {
-		if o.done != nil {
-			o.done(results[i].err)
-		}
-		for _, m := range results[i].out {
-			b.route(m)
-		}
-	}
-}
-
-// intercept asks the interceptors about the messages of one op. When one is
-// refused none is published, and what they added goes with them; only what was
-// added to the refused one, its answer, remains.
-func (b *Broker) intercept(msgs []Message) (also []Message, err error) {
-	for i := range msgs {
-		before := len(also)
-		for _, ic := range b.opts.Interceptors {
-			more, err := ic.Intercept(&msgs[i])
-			also = append(also, more...)
-			if err != nil {
-				if i > 0 {
-					b.undone()
-				}
-				return also[before:], err
-			}
-		}
-	}
-	return also, nil
-}
-
-func (b *Broker) undone() {
-	for _, ic := range b.opts.Interceptors {
-		if u, ok := ic.(Undoer); ok {
-			u.Undone()
-		}
-	}
-}
-
-// write commits a batch and keeps the accounts.
-func (b *Broker) write(sb *store.Batch, sync bool) error {
-	empty, began := sb.Empty(), time.Now()
-	err := sb.Commit(sync)
-	switch {
-	case err != nil:
-		b.metrics.storeErrors.Inc()
-	case sync && !empty:
-		b.metrics.syncs.Observe(time.Since(began).Seconds())
-	}
-	return err
-}
-
-// putWills adds the Wills that changed; they stay noted until a commit took them.
-func (b *Broker) putWills(sb *store.Batch) {
-	for id, w := range b.wills {
-		if w == nil {
-			sb.DeleteWill(id)
-		} else if err := sb.PutWill(*w); err != nil {
-			b.log.Error("will not stored", "client", id, "error", err)
-		}
-	}
-}
-
 // keep puts a retained message into the index and, by its durability, into the
 // batch. It tells whether it did the latter, and whether the batch needs a sync
 // for it.
@@ -553,9 +343,13 @@ func (b *Broker) keep(sb *store.Batch, m *Message, undo map[topic.Topic]before) 
 	if _, seen := undo[m.Topic]; !seen {
 		undo[m.Topic] = before{old, dirty}
 	}
-	m.seq = b.seq.Add(1)
+	b.seq++
+	m.seq = b.seq
 	b.retained.put(m)
-	d := b.opts.Durability(m.Topic)
+	d := b.durability(m.Topic)
+	if d == memory {
+		return false, false
+	}
 	if d == Checkpoint && len(m.Payload) > 0 {
 		b.dirty[m.Topic] = struct{}{}
 		return false, false // a reading does not depend on the batch
@@ -637,30 +431,6 @@ func (b *Broker) watched(m *Message) {
 	}
 }
 
-// route hands a message to whoever subscribed to it. It never blocks.
-func (b *Broker) route(m *Message) {
-	b.watched(m)
-	subs := b.mqtt.Topics.Subscribers(string(m.Topic))
-	if len(subs.Shared) > 0 {
-		subs.SelectShared()
-		subs.MergeSharedSelected()
-	}
-	for id, sub := range subs.Subscriptions {
-		b.mu.Lock()
-		c := b.mu.conns[id]
-		b.mu.Unlock()
-		if c == nil || sub.NoLocal && id == m.ClientID && !c.wantsOwn(m.Topic) { // [MQTT-3.8.3-3]
-			continue
-		}
-		c.deliver(delivery{
-			m:      m,
-			qos:    min(m.QoS, sub.Qos),
-			retain: m.Retain && sub.RetainAsPublished, // [MQTT-3.3.1-12] [MQTT-3.3.1-13]
-			subIDs: subscriptionIDs(sub.Identifiers),
-		})
-	}
-}
-
 // Close disconnects everybody, writes what is checkpointed and closes the store.
 // It returns when all of the broker's goroutines have ended; a client that does
 // not read holds it up for a second. Calling it again waits for the first call
@@ -687,6 +457,5 @@ func (b *Broker) close() error {
 	b.wg.Wait()
 	close(b.quit)
 	<-b.coreDone
-	err := b.mqtt.Close()
-	return errors.Join(err, b.store.Close())
+	return b.store.Close()
 }

@@ -2,163 +2,108 @@ package broker
 
 import (
 	"errors"
-	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/packets"
 
-	"github.com/fairlead-io/fairlead/schemas/topic"
+	"github.com/fairlead-io/fairlead/broker/store"
+	"github.com/fairlead-io/fairlead/schemas/access"
 )
 
-// Bounds of one connection's outbound queue. A client that does not drain it is
-// disconnected: the fabric's parts repair themselves at reconnect, and a
-// publisher never waits for it.
 const (
-	maxQueued      = 16384
-	maxQueuedBytes = 16 << 20
-	// maxWindow bounds what is in flight to a client that sets no Receive Maximum.
-	maxWindow = 256
-	// maxReplays bounds the subscriptions whose retained messages still wait.
-	maxReplays = 4096
-	// maxSubscriptions bounds the subscriptions of a connection.
-	maxSubscriptions = 16384
+	// maxWrite is about how much goes into one write.
+	maxWrite = 32 << 10
+	// maxAnswers bounds the answers that wait for a client that does not read.
+	maxAnswers = 256 << 10
+	// maxAliases bounds the topic aliases in each direction.
+	maxAliases = 256
 )
 
 var (
 	errSlow          = errors.New("outbound queue full: the client reads too slowly")
-	errSubscriptions = errors.New("too many subscriptions on one connection")
+	errSubscriptions = errors.New("too many subscriptions in one session")
 )
 
-// delivery is one message for one subscriber.
-type delivery struct {
-	m      *Message
-	qos    byte
-	retain bool
-	subIDs []int
-}
-
-// replay walks the retained messages of a new subscription. It reads the index
-// as it goes, so that it costs no memory. What changes meanwhile is left out: it
-// waits in the queue behind, so that the last message of every topic is its newest.
-type replay struct {
-	filter topic.Filter
-	qos    byte
-	subIDs []int
-	after  string
-	upTo   uint64 // what is newer is delivered live
-}
-
-// conn is one client's connection: its outbound queue and the goroutine that
-// drains it. All packets that our layer sends go through it, so that nobody
-// else ever waits for the client's socket.
+// conn is one connection, from accept to its end. Where nothing else is said
+// its fields are the reader goroutine's.
 type conn struct {
-	b      *Broker
-	client *client
-	cl     *mqtt.Client
-	done   chan struct{} // closed when the writer ended
-	wake   chan struct{} // capacity 1
-	window int
+	b        *Broker
+	fc       *frameConn
+	cl       *mqtt.Client
+	listener string
+	refuse   bool          // a full queue refuses the publisher
+	done     chan struct{} // closed when the connection is gone with all that belonged to it
+
+	id      access.Identity
+	v5      bool
+	window  int
+	aliases map[uint16]string // of topics that the client sends
+	claimed bool              // it holds its client id
+	session *session          // set before up
+	up      atomic.Bool       // the session is attached
+	reason  string            // for the CONNACK
+	will    *store.Will
+	bye     bool   // it sent DISCONNECT 0x00: no Will
+	expiry  uint32 // of the session, as asked for
+	pending []op   // for the core, until the next read from the socket
+	over    bool   // its packets are of no interest any more
+	unacked atomic.Int32
+
+	hang   sync.Once
+	hungUp chan struct{} // closed when the farewell is over; nil before hang
+
+	touched bool // the core's: it is to be woken at the end of the batch
 
 	mu struct {
 		sync.Mutex
-		closed   bool
-		acks     []packets.Packet
-		out      []delivery
-		bytes    int
-		replays  []*replay
-		inflight map[uint16]struct{}
-		nextID   uint16
+		closed  bool
+		running bool // there is a writer
+		again   bool // and there may be more for it
+		answers []byte
 	}
+	writers sync.WaitGroup
+
+	// The writer's own.
+	names     map[string]uint16 // topic aliases that the client knows
+	aliasMax  uint16
+	nextAlias uint16
+	byAlias   []string
 }
 
-func newConn(b *Broker, client *client) *conn {
-	cl := client.mq
-	c := &conn{b: b, client: client, cl: cl, done: make(chan struct{}), wake: make(chan struct{}, 1), window: maxWindow}
-	if rm := int(cl.Properties.Props.ReceiveMaximum); rm > 0 { // [MQTT-3.3.4-9]
-		c.window = min(rm, maxWindow)
-	}
-	c.mu.inflight = map[uint16]struct{}{}
-	return c
-}
-
-func (c *conn) signal() {
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
-}
-
-// ack queues an answer to the client.
-func (c *conn) ack(pk packets.Packet) {
+// kick sees to it that a writer looks for work. There is none while nothing
+// is to be sent: an idle client costs no goroutine of ours beside its reader.
+func (c *conn) kick() {
 	c.mu.Lock()
-	full := len(c.mu.acks) >= maxQueued
+	defer c.mu.Unlock()
+	c.mu.again = true
+	if c.mu.running || c.mu.closed || !c.up.Load() {
+		return
+	}
+	c.mu.running = true
+	c.writers.Add(1)
+	go c.write()
+}
+
+// answer queues a packet that goes out before any message.
+func (c *conn) answer(packet ...byte) {
+	c.mu.Lock()
+	c.b.stats.packetsSent.Add(1)
+	full := len(c.mu.answers)+len(packet) > maxAnswers
 	if !full && !c.mu.closed {
-		c.mu.acks = append(c.mu.acks, pk)
+		c.mu.answers = append(c.mu.answers, packet...)
 	}
 	c.mu.Unlock()
 	if full {
 		c.stop(errSlow)
-		return
 	}
-	c.signal()
 }
 
-// deliver queues a message.
-func (c *conn) deliver(d delivery) {
-	c.mu.Lock()
-	size := d.m.size()
-	full := len(c.mu.out) >= maxQueued || c.mu.bytes+size > maxQueuedBytes && len(c.mu.out) > 0
-	if !full && !c.mu.closed {
-		c.mu.out = append(c.mu.out, d)
-		c.mu.bytes += size
-	}
-	c.mu.Unlock()
-	if full {
-		c.b.metrics.slow.Inc()
-		c.stop(errSlow)
-		return
-	}
-	c.signal()
-}
-
-// wantsOwn tells whether a subscription of the client selects the topic and does
-// not exclude the client's own messages. mochi merges a client's subscriptions
-// into one, which has NoLocal where any of them has.
-func (c *conn) wantsOwn(t topic.Topic) bool {
-	for f, sub := range c.cl.State.Subscriptions.GetAll() {
-		if !sub.NoLocal && topic.Filter(f).Match(t) {
-			return true
-		}
-	}
-	return false
-}
-
-// replay queues the retained messages of a filter. They go out before what is
-// delivered from now on. One that waits for the same filter is replaced.
-func (c *conn) replay(r *replay) {
-	c.mu.Lock()
-	same := func(x *replay) bool { return x.filter == r.filter }
-	c.mu.replays = slices.DeleteFunc(c.mu.replays, same)
-	full := len(c.mu.replays) >= maxReplays
-	if !full && !c.mu.closed {
-		c.mu.replays = append(c.mu.replays, r)
-	}
-	c.mu.Unlock()
-	if full {
-		c.stop(errSlow)
-		return
-	}
-	c.signal()
-}
-
-// acked frees the packet id of a delivery that the client acknowledged.
-func (c *conn) acked(id uint16) {
-	c.mu.Lock()
-	delete(c.mu.inflight, id)
-	c.mu.Unlock()
-	c.signal()
+func (c *conn) ack(kind byte, id uint16) {
+	var p [4]byte
+	c.answer(appendAck(p[:0], kind, id)...)
 }
 
 // stop ends the connection without waiting for its socket. The client is told
@@ -167,143 +112,163 @@ func (c *conn) stop(err error) {
 	if !c.shut() {
 		return
 	}
+	if errors.Is(err, errSlow) {
+		c.b.metrics.slow.Inc()
+	}
 	c.b.log.Warn("client disconnected", "client", c.cl.ID, "remote", c.cl.Net.Remote, "error", err)
 	code := packets.ErrImplementationSpecificError
 	if errors.Is(err, errSlow) || errors.Is(err, errSubscriptions) {
 		code = packets.ErrQuotaExceeded
+		code.Reason = err.Error()
 	}
-	c.b.hangUp(c.client, code)
+	c.b.hangUp(c, code)
 }
 
-// shut drops what waits and ends the writer; it does not wait for it. It tells
-// whether there was anything to end.
+// shut ends the writer; it does not wait for it. It tells whether there was
+// anything to end.
 func (c *conn) shut() bool {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	open := !c.mu.closed
 	c.mu.closed = true
-	c.mu.acks, c.mu.out, c.mu.replays, c.mu.bytes = nil, nil, nil, 0
-	c.mu.Unlock()
-	c.signal()
+	c.mu.answers = nil
 	return open
 }
 
-// close ends the writer; it returns when the writer is gone.
-func (c *conn) close() {
-	c.shut()
-	<-c.done
-}
+// buffers are the writers'.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 0, maxWrite+4096); return &b }}
 
-// run is the writer. Answers go first; then retained messages of new
-// subscriptions; then the queue, as far as the window allows.
-func (c *conn) run() {
-	defer close(c.done)
-	for {
-		pk, release, state := c.take()
-		switch state {
-		case takeClosed:
-			return
-		case takeNothing:
-			<-c.wake
-			continue
+// write is the writer: it sends until there is nothing to send. Answers go first.
+func (c *conn) write() {
+	defer c.writers.Done()
+	p := buffers.Get().(*[]byte)
+	defer func() {
+		if cap(*p) <= 4*maxWrite {
+			buffers.Put(p)
 		}
-		err := c.cl.WritePacket(pk)
-		switch {
-		case err == nil:
-			if pk.FixedHeader.Type == packets.Publish {
-				c.b.metrics.sent.Inc()
-			}
-		case errors.Is(err, packets.ErrPacketTooLarge):
-			// The client's own maximum: the message counts as delivered [MQTT-3.1.2-25].
-			c.b.metrics.dropped.WithLabelValues("too_large").Inc()
-			if release != 0 {
-				c.acked(release)
-			}
-		default:
-			c.shut()
-			c.cl.Stop(err) // the reader notices
+	}()
+	for {
+		c.mu.Lock()
+		if c.mu.closed {
+			c.mu.running = false
+			c.mu.Unlock()
 			return
 		}
+		c.mu.again = false
+		buf := append((*p)[:0], c.mu.answers...)
+		if cap(c.mu.answers) > 4096 {
+			c.mu.answers = nil
+		} else {
+			c.mu.answers = c.mu.answers[:0]
+		}
+		c.mu.Unlock()
+		buf, page, ask := c.session.fill(c, buf)
+		*p = buf
+		if ask {
+			c.b.tidyLater(c.session)
+		}
+		if len(buf) > 0 {
+			if _, err := c.fc.Write(buf); err != nil {
+				c.shut()
+				c.cl.Stop(err) // the reader notices
+				continue
+			}
+			c.b.stats.bytesSent.Add(uint64(len(buf)))
+			if len(buf) >= maxWrite {
+				continue
+			}
+		}
+		if page {
+			if err := c.session.page(c); err != nil {
+				c.b.log.Error("queue not read", "client", c.cl.ID, "error", err)
+				c.stop(err)
+			}
+			continue
+		}
+		if len(buf) == 0 && c.session.wantsReplay() {
+			c.b.replayLater(c.session)
+		}
+		c.mu.Lock()
+		if !c.mu.again || c.mu.closed {
+			c.mu.running = false
+			c.mu.Unlock()
+			return
+		}
+		c.mu.Unlock()
 	}
 }
 
-type takeState uint8
-
-const (
-	takePacket takeState = iota
-	takeNothing
-	takeClosed
-)
-
-func (c *conn) take() (pk packets.Packet, release uint16, s takeState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.mu.closed {
-		return pk, 0, takeClosed
+// append encodes a message for this client. ok is false where it is larger
+// than the client takes.
+func (c *conn) append(buf []byte, p *outPublish, now time.Time) (out []byte, ok bool) {
+	known := true
+	if c.aliasMax > 0 {
+		p.alias, known = c.names[string(p.m.Topic)], true
+		if p.alias == 0 {
+			known = false
+			p.alias = c.nextAlias%c.aliasMax + 1
+		}
+		p.bare = known
 	}
-	if len(c.mu.acks) > 0 {
-		pk = c.mu.acks[0]
-		c.mu.acks = c.mu.acks[1:]
-		if len(c.mu.acks) == 0 {
-			c.mu.acks = nil
-		}
-		return pk, 0, takePacket
+	out, size := p.append(buf, c.v5, now)
+	if limit := c.cl.Properties.Props.MaximumPacketSize; limit > 0 && uint32(size) > limit {
+		return buf, false
 	}
-	now := time.Now()
-	for len(c.mu.replays) > 0 {
-		r := c.mu.replays[0]
-		if r.qos > 0 && len(c.mu.inflight) >= c.window {
-			return pk, 0, takeNothing
+	if !known { // the oldest alias makes room
+		if c.names == nil {
+			c.names = map[string]uint16{}
 		}
-		m, ok := c.b.retained.next(r.filter, r.after)
-		if !ok {
-			c.mu.replays = c.mu.replays[1:]
-			continue
+		i := int(p.alias) - 1
+		if i < len(c.byAlias) {
+			delete(c.names, c.byAlias[i])
+			c.byAlias[i] = string(p.m.Topic)
+		} else {
+			c.byAlias = append(c.byAlias, string(p.m.Topic))
 		}
-		r.after = string(m.Topic)
-		if r.filter.Prefix() == string(r.filter) {
-			c.mu.replays = c.mu.replays[1:] // a literal filter selects one topic
-		}
-		if m.expired(now) || m.seq > r.upTo {
-			continue
-		}
-		qos := min(r.qos, m.QoS)
-		release = c.allocLocked(qos)
-		return m.packet(qos, true, release, r.subIDs), release, takePacket
+		c.names[string(p.m.Topic)] = p.alias
+		c.nextAlias = p.alias
 	}
-	for len(c.mu.out) > 0 {
-		d := c.mu.out[0]
-		if d.qos > 0 && len(c.mu.inflight) >= c.window {
-			return pk, 0, takeNothing
-		}
-		c.mu.out[0] = delivery{}
-		c.mu.out = c.mu.out[1:]
-		c.mu.bytes -= d.m.size()
-		if len(c.mu.out) == 0 {
-			c.mu.out = nil
-		}
-		if d.m.expired(now) {
-			continue
-		}
-		release = c.allocLocked(d.qos)
-		return d.m.packet(d.qos, d.retain, release, d.subIDs), release, takePacket
-	}
-	return pk, 0, takeNothing
+	return out, true
 }
 
-// allocLocked gives a packet id that is not in flight. The window is far
-// smaller than the id space, so there always is one.
-func (c *conn) allocLocked(qos byte) uint16 {
-	if qos == 0 {
-		return 0
+// hangUp ends a connection without waiting for it. A client of MQTT 5 is told
+// why, and has a second to hear it.
+func (b *Broker) hangUp(c *conn, code packets.Code) {
+	c.hang.Do(func() {
+		if !c.up.Load() {
+			_ = c.fc.Close()
+			return
+		}
+		c.mu.Lock()
+		c.mu.closed = true
+		answers := c.mu.answers
+		c.mu.answers = nil
+		c.mu.Unlock()
+		c.fc.end()
+		hungUp := make(chan struct{})
+		b.mu.Lock()
+		c.hungUp = hungUp
+		b.mu.Unlock()
+		// A deadline does not free every kind of connection from a write that
+		// does not end; closing it does.
+		force := time.AfterFunc(farewell, func() { _ = c.fc.Close() })
+		go func() {
+			defer close(hungUp)
+			defer force.Stop()
+			c.farewell(answers, code)
+			_ = c.fc.Close()
+		}()
+	})
+}
+
+// farewell sends the last answers and, in MQTT 5, the reason.
+func (c *conn) farewell(answers []byte, code packets.Code) {
+	if c.v5 {
+		pk := packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Disconnect}, ReasonCode: code.Code}
+		pk.Properties.ReasonString = code.Reason
+		answers = append(answers, c.encode(pk)...)
 	}
-	for {
-		c.mu.nextID++
-		if c.mu.nextID == 0 {
-			continue
-		}
-		if _, used := c.mu.inflight[c.mu.nextID]; !used {
-			c.mu.inflight[c.mu.nextID] = struct{}{}
-			return c.mu.nextID
-		}
+	if len(answers) > 0 {
+		_, _ = c.fc.Write(answers)
 	}
 }

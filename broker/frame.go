@@ -32,15 +32,17 @@ var errLength = errors.New("the packet's length takes more than four bytes")
 // buffered, and a client that does not send its CONNECT in time is cut off.
 type frameConn struct {
 	net.Conn
-	client   *client // whose connection it is
+	client   *conn // whose connection it is
 	limit    uint32
 	onRefuse func(error)
 
 	wmu    sync.Mutex  // one write at a time: a WebSocket takes no two
 	ending atomic.Bool // the deadline is the last one
 
-	first bool // the CONNECT is not complete yet
-	v5    bool
+	first    bool // the CONNECT is not complete yet
+	v5       bool
+	deadline time.Time // as set last
+
 	// The state of the packet in progress.
 	inHeader bool
 	header   uint32 // bytes of the fixed header read so far
@@ -58,11 +60,16 @@ func newFrameConn(c net.Conn, limit uint32, connect time.Duration, onRefuse func
 	return &frameConn{Conn: c, limit: limit, onRefuse: onRefuse, first: true, inHeader: true}
 }
 
-// SetDeadline implements net.Conn.
+// SetDeadline implements net.Conn. mochi sets one for each packet; a second
+// more or less is not worth the system's time.
 func (c *frameConn) SetDeadline(t time.Time) error {
 	if c.ending.Load() {
 		return nil
 	}
+	if !c.deadline.IsZero() && !t.IsZero() && t.Sub(c.deadline).Abs() < time.Second {
+		return nil
+	}
+	c.deadline = t
 	return c.Conn.SetDeadline(t)
 }
 
@@ -85,7 +92,13 @@ func (c *frameConn) Read(p []byte) (int, error) {
 	if c.failed != nil {
 		return 0, c.refuse()
 	}
+	if c.client != nil {
+		c.client.flush()
+	}
 	n, err := c.Conn.Read(p)
+	if c.client != nil {
+		c.client.b.stats.bytesReceived.Add(uint64(n))
+	}
 	good, ferr := c.follow(p[:n])
 	if ferr == nil {
 		return n, err

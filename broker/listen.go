@@ -1,7 +1,9 @@
 package broker
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -9,7 +11,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -19,11 +20,26 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/fairlead-io/fairlead/broker/client/wsconn"
+	"github.com/fairlead-io/fairlead/broker/client/zconn"
 )
 
+// listener is what is to be known of a listener for its connections.
+type listener struct {
+	id     string // as given to Listen
+	refuse bool   // a full queue refuses the publisher, instead of dropping its oldest
+}
+
 // Listen opens a listener: host:port or mqtt://host:port for TCP,
-// ws://host:port/path for WebSocket, unix:///path for a socket file. It gives
-// the address that clients use, with the port that the system chose for port 0.
+// ws://host:port/path for WebSocket, mqtts and wss for the same within TLS, which
+// takes [Options].TLS, unix:///path for a socket file. It gives the address that
+// clients use, with the port that the system chose for port 0.
+//
+// A client that asks for it, by ALPN or by a WebSocket subprotocol, gets a
+// compressed connection; see package zconn.
+//
+// ?queue-full=refuse behind the address is for publishers that would rather be
+// refused, with 0x97, than have the oldest message dropped from a full queue;
+// the default is queue-full=drop-oldest.
 func (b *Broker) Listen(addr string) (string, error) {
 	raw := addr
 	if !strings.Contains(addr, "://") {
@@ -33,23 +49,18 @@ func (b *Broker) Listen(addr string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("listen %q: %w; want host:port, ws://host:port/path or unix:///path", raw, err)
 	}
+	lis := listener{id: raw}
+	for k, v := range u.Query() {
+		switch {
+		case k == "queue-full" && len(v) == 1 && v[0] == "refuse":
+			lis.refuse = true
+		case k == "queue-full" && len(v) == 1 && v[0] == "drop-oldest":
+		default:
+			return "", fmt.Errorf("listen %q: unknown setting %s=%s; there is queue-full=drop-oldest and queue-full=refuse", raw, k, strings.Join(v, ","))
+		}
+	}
 	switch u.Scheme {
-	case "mqtt", "tcp":
-		l, err := listenTCP(u.Host)
-		if err != nil {
-			return "", err
-		}
-		return "mqtt://" + l.Addr().String(), b.serve(l, raw, nil)
-	case "ws":
-		l, err := listenTCP(u.Host)
-		if err != nil {
-			return "", err
-		}
-		path := u.Path
-		if path == "" {
-			path = "/"
-		}
-		return "ws://" + l.Addr().String() + path, b.serveWS(l, raw, path)
+	case "mqtt", "tcp", "mqtts", "ws", "wss":
 	case "unix":
 		if u.Path == "" || u.Host != "" {
 			return "", fmt.Errorf("listen %q: want unix:///absolute/path", raw)
@@ -58,9 +69,53 @@ func (b *Broker) Listen(addr string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return "unix://" + u.Path, b.serve(l, raw, nil)
+		return "unix://" + u.Path, b.serve(l, lis, nil, nil)
 	default:
-		return "", fmt.Errorf("listen %q: scheme %q is not one of mqtt, ws, unix", raw, u.Scheme)
+		return "", fmt.Errorf("listen %q: scheme %q is not one of mqtt, mqtts, ws, wss, unix", raw, u.Scheme)
+	}
+	secure := u.Scheme == "mqtts" || u.Scheme == "wss"
+	if secure && b.opts.TLS == nil {
+		return "", fmt.Errorf("listen %q: %s wants a certificate and its key, and this broker was given none", raw, u.Scheme)
+	}
+	l, err := listenTCP(u.Host)
+	if err != nil {
+		return "", err
+	}
+	if u.Scheme == "ws" || u.Scheme == "wss" {
+		at := u.Scheme + "://" + l.Addr().String() + cmp.Or(u.Path, "/")
+		if secure {
+			// Browsers ask for h2, which has no WebSocket here.
+			l = tls.NewListener(l, b.tlsConfig("http/1.1"))
+		}
+		return at, b.serveWS(l, lis, cmp.Or(u.Path, "/"))
+	}
+	if secure {
+		return "mqtts://" + l.Addr().String(), b.serve(l, lis, b.handshake(b.tlsConfig(zconn.Protocol, wsconn.Subprotocol)), nil)
+	}
+	return "mqtt://" + l.Addr().String(), b.serve(l, lis, nil, nil)
+}
+
+// tlsConfig is the broker's, with the protocols of a listener.
+func (b *Broker) tlsConfig(protocols ...string) *tls.Config {
+	c := b.opts.TLS.Clone()
+	c.MinVersion = max(c.MinVersion, tls.VersionTLS12)
+	c.NextProtos = protocols
+	return c
+}
+
+// handshake makes what turns an accepted connection into an MQTT one.
+func (b *Broker) handshake(cfg *tls.Config) func(context.Context, net.Conn) (net.Conn, error) {
+	return func(ctx context.Context, c net.Conn) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, b.opts.ConnectDeadline)
+		defer cancel()
+		t := tls.Server(c, cfg)
+		if err := t.HandshakeContext(ctx); err != nil {
+			return nil, err
+		}
+		if t.ConnectionState().NegotiatedProtocol == zconn.Protocol {
+			return zconn.New(t), nil
+		}
+		return t, nil
 	}
 }
 
@@ -114,10 +169,16 @@ func listenUnix(path string) (net.Listener, error) {
 }
 
 // serve accepts connections until l is closed, by closing where it is given.
-func (b *Broker) serve(l net.Listener, id string, closing func()) error {
+// prepare, where it is given, is run on each connection's own goroutine; its
+// context ends with the listener.
+func (b *Broker) serve(l net.Listener, lis listener, prepare func(context.Context, net.Conn) (net.Conn, error), closing func()) error {
+	id := lis.id
 	if closing == nil {
 		closing = func() { _ = l.Close() }
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	closeListener := closing
+	closing = func() { cancel(); closeListener() }
 	b.mu.Lock()
 	closed := b.mu.closed
 	if !closed {
@@ -160,69 +221,22 @@ func (b *Broker) serve(l net.Listener, id string, closing func()) error {
 			go func() {
 				defer b.wg.Done()
 				defer func() { <-slots }()
-				b.handle(c, id)
+				b.stats.socketsReceived.Add(1)
+				if prepare != nil {
+					t, err := prepare(ctx, c)
+					if err != nil {
+						_ = c.Close()
+						b.metrics.refused.WithLabelValues("tls").Inc()
+						b.denied.log(b.log, "tls handshake failed", id, "remote", c.RemoteAddr().String(), "listener", id, "error", err)
+						return
+					}
+					c = t
+				}
+				b.handle(c, lis)
 			}()
 		}
 	}()
 	return nil
-}
-
-// handle runs one connection to its end.
-func (b *Broker) handle(nc net.Conn, listener string) {
-	c := &client{done: make(chan struct{}), exact2: map[uint16]struct{}{}}
-	c.fc = newFrameConn(nc, b.opts.MaxPacket, b.opts.ConnectDeadline, func(err error) {
-		b.metrics.refused.WithLabelValues("packet_size").Inc()
-		b.denied.log(b.log, "packet refused", nc.RemoteAddr().String(), "remote", nc.RemoteAddr().String(), "listener", listener, "error", err)
-	})
-	c.fc.client = c
-	b.mu.Lock()
-	closed := b.mu.closed
-	if !closed {
-		b.mu.live[c] = struct{}{}
-	}
-	b.mu.Unlock()
-	if closed {
-		_ = nc.Close()
-		return
-	}
-	defer b.forget(c)
-	// mochi's decoders panic on some malformed packets, such as a SUBSCRIBE that
-	// ends after a filter: one client's bytes must not end the broker.
-	defer func() {
-		if r := recover(); r != nil {
-			b.metrics.refused.WithLabelValues("malformed").Inc()
-			b.denied.log(b.log, "malformed packet", nc.RemoteAddr().String(), "remote", nc.RemoteAddr().String(), "listener", listener, "panic", r, "stack", string(debug.Stack()))
-			b.end(c, fmt.Errorf("malformed packet: %v", r))
-		}
-	}()
-	_ = b.mqtt.EstablishConnection(listener, c.fc)
-}
-
-// forget removes what is left of a connection.
-func (b *Broker) forget(c *client) {
-	_ = c.fc.Close()
-	c.hang.Do(func() {}) // no farewell from here on
-	c.mu.Lock()
-	hungUp := c.hungUp
-	c.mu.Unlock()
-	if hungUp != nil {
-		<-hungUp
-	}
-	if c.conn != nil {
-		c.conn.close()
-	}
-	if c.claimed {
-		// mochi forgets them itself, but not where CONNACK failed.
-		b.mqtt.UnsubscribeClient(c.mq)
-		b.mqtt.Clients.Delete(c.mq.ID)
-	}
-	b.mu.Lock()
-	delete(b.mu.live, c)
-	if c.claimed {
-		delete(b.mu.claims, c.mq.ID)
-	}
-	b.mu.Unlock()
-	close(c.done)
 }
 
 // Pipe connects a client inside this process: what the client says of itself
@@ -241,7 +255,7 @@ func (b *Broker) Pipe() (net.Conn, error) {
 	here, there := net.Pipe()
 	go func() {
 		defer b.wg.Done()
-		b.handle(there, InProcess)
+		b.handle(there, listener{id: InProcess})
 	}()
 	return here, nil
 }
@@ -249,10 +263,11 @@ func (b *Broker) Pipe() (net.Conn, error) {
 // InProcess is the listener's name of connections made with [Broker.Pipe].
 const InProcess = "in-process"
 
-func (b *Broker) serveWS(l net.Listener, id, path string) error {
+func (b *Broker) serveWS(l net.Listener, lis listener, path string) error {
+	id := lis.id
 	conns := newQueueListener(l.Addr())
 	up := websocket.Upgrader{
-		Subprotocols:     []string{wsconn.Subprotocol},
+		Subprotocols:     []string{zconn.Protocol, wsconn.Subprotocol},
 		HandshakeTimeout: b.opts.ConnectDeadline,
 		ReadBufferSize:   2048,
 		WriteBufferSize:  2048,
@@ -263,7 +278,7 @@ func (b *Broker) serveWS(l net.Listener, id, path string) error {
 			http.Error(w, "MQTT over WebSocket is at "+path, http.StatusNotFound)
 			return
 		}
-		if !slices.Contains(websocket.Subprotocols(r), wsconn.Subprotocol) {
+		if !slices.ContainsFunc(websocket.Subprotocols(r), func(p string) bool { return slices.Contains(up.Subprotocols, p) }) {
 			http.Error(w, "this is MQTT over WebSocket: ask for subprotocol mqtt", http.StatusBadRequest)
 			return
 		}
@@ -274,7 +289,11 @@ func (b *Broker) serveWS(l net.Listener, id, path string) error {
 			return
 		}
 		ws.SetReadLimit(int64(b.opts.MaxPacket) + 5)
-		if !conns.put(wsconn.New(ws)) {
+		var c net.Conn = wsconn.New(ws)
+		if ws.Subprotocol() == zconn.Protocol {
+			c = zconn.New(c)
+		}
+		if !conns.put(c) {
 			_ = ws.Close()
 		}
 	})
@@ -289,7 +308,7 @@ func (b *Broker) serveWS(l net.Listener, id, path string) error {
 			b.log.Error("websocket listener ended", "listener", id, "error", err)
 		}
 	}()
-	return b.serve(conns, id, func() {
+	return b.serve(conns, lis, nil, func() {
 		_ = conns.Close()
 		// Shutdown waits for the handshakes under way.
 		ctx, cancel := context.WithTimeout(context.Background(), farewell)

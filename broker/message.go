@@ -94,6 +94,8 @@ const (
 	// Checkpoint means in memory, written every Options.Checkpoint and at Close.
 	// For readings, which their mapper reads again anyway.
 	Checkpoint
+	// memory is for what the broker says of itself.
+	memory
 )
 
 // EdgeDurability is the rule of an edge node: readings are checkpointed, and so
@@ -116,8 +118,8 @@ func CloudDurability(t topic.Topic) Durability {
 	return Sync
 }
 
-func fromPacket(pk packets.Packet) Message {
-	m := Message{
+func fromPacket(pk *packets.Packet) *Message {
+	m := &Message{
 		Topic:   topic.Topic(pk.TopicName),
 		Payload: pk.Payload,
 		QoS:     pk.FixedHeader.Qos,
@@ -158,29 +160,4 @@ func fromWill(w *store.Will) Message {
 		Topic: topic.Topic(w.Topic), Payload: w.Payload, QoS: w.QoS, Retain: w.Retain,
 		Expires: expires(w.Expiry), Props: w.Props, ClientID: w.ClientID,
 	}
-}
-
-func (m *Message) packet(qos byte, retain bool, id uint16, subIDs []int) packets.Packet {
-	pk := packets.Packet{
-		FixedHeader: packets.FixedHeader{Type: packets.Publish, Qos: qos, Retain: retain},
-		TopicName:   string(m.Topic),
-		Payload:     m.Payload,
-		PacketID:    id,
-		Properties: packets.Properties{
-			ContentType:            m.Props.ContentType,
-			ResponseTopic:          m.Props.ResponseTopic,
-			CorrelationData:        m.Props.CorrelationData,
-			SubscriptionIdentifier: subIDs,
-		},
-	}
-	if m.Props.PayloadFormat != nil {
-		pk.Properties.PayloadFormat, pk.Properties.PayloadFormatFlag = *m.Props.PayloadFormat, true
-	}
-	for _, u := range m.Props.User {
-		pk.Properties.User = append(pk.Properties.User, packets.UserProperty{Key: u[0], Val: u[1]})
-	}
-	if m.Expires > 0 {
-		pk.Expiry = (m.Expires + 999) / 1000 // mochi sends what is left of it [MQTT-3.3.2-6]
-	}
-	return pk
 }

@@ -3,23 +3,23 @@ package broker
 import (
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 type metrics struct {
-	received, sent, slow, storeErrors prometheus.Counter
-	refused, dropped                  *prometheus.CounterVec
-	syncs                             prometheus.Histogram
+	slow, storeErrors, expired prometheus.Counter
+	refused, dropped           *prometheus.CounterVec
+	syncs                      prometheus.Histogram
+	droppedAll                 atomic.Uint64
 }
 
 func newMetrics(r prometheus.Registerer, b *Broker) *metrics {
 	m := &metrics{
-		received: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "fairlead_broker_publishes_received_total", Help: "PUBLISH packets from clients."}),
-		sent: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "fairlead_broker_publishes_sent_total", Help: "PUBLISH packets to clients."}),
+		expired: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "fairlead_broker_sessions_expired_total", Help: "Sessions that ended because their client did not come back in time."}),
 		slow: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "fairlead_broker_slow_clients_disconnected_total", Help: "Clients disconnected because their outbound queue was full."}),
 		storeErrors: prometheus.NewCounter(prometheus.CounterOpts{
@@ -38,17 +38,29 @@ func newMetrics(r prometheus.Registerer, b *Broker) *metrics {
 	gauge := func(name, help string, f func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f)
 	}
-	r.MustRegister(m.received, m.sent, m.slow, m.storeErrors, m.refused, m.dropped, m.syncs,
-		gauge("fairlead_broker_clients", "Connected clients.", func() float64 {
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			return float64(len(b.mu.conns))
-		}),
+	counter := func(name, help string, n *atomic.Uint64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(n.Load()) })
+	}
+	r.MustRegister(m.slow, m.storeErrors, m.expired, m.refused, m.dropped, m.syncs,
+		counter("fairlead_broker_publishes_received_total", "PUBLISH packets from clients.", &b.stats.publishReceived),
+		counter("fairlead_broker_publishes_sent_total", "PUBLISH packets to clients.", &b.stats.publishSent),
+		counter("fairlead_broker_bytes_received_total", "Bytes from clients, as MQTT.", &b.stats.bytesReceived),
+		counter("fairlead_broker_bytes_sent_total", "Bytes to clients, as MQTT.", &b.stats.bytesSent),
+		gauge("fairlead_broker_clients", "Connected clients.", func() float64 { return float64(b.stats.connected.Load()) }),
+		gauge("fairlead_broker_sessions_stored", "Sessions that outlive their connection, connected or not.", func() float64 { return float64(b.stats.stored.Load()) }),
+		gauge("fairlead_broker_session_messages", "Messages that wait for such sessions.", func() float64 { return float64(b.stats.queued.Load()) }),
+		gauge("fairlead_broker_session_bytes", "Bytes that wait for such sessions.", func() float64 { return float64(b.stats.queuedBytes.Load()) }),
 		gauge("fairlead_broker_retained_messages", "Retained messages.", func() float64 { return float64(b.retained.len()) }),
 		gauge("fairlead_broker_store_bytes", "Size of the store on disk.", func() float64 { return float64(b.store.DiskUsage()) }),
-		gauge("fairlead_broker_queue_length", "Publishes waiting for the core.", func() float64 { return float64(len(b.ops)) }),
+		gauge("fairlead_broker_queue_length", "Operations waiting for the core.", func() float64 { return float64(b.inbox.len()) }),
 	)
 	return m
+}
+
+// drop counts messages that one subscriber did not get.
+func (m *metrics) drop(reason string, n int) {
+	m.dropped.WithLabelValues(reason).Add(float64(n))
+	m.droppedAll.Add(uint64(n))
 }
 
 // limiter logs a repeated event once a minute per key, with how often it was
