@@ -37,7 +37,6 @@ func TestConformBadPublish(t *testing.T) {
 		{"response topic not UTF-8", []byte{0x30, 8, 0, 1, 'a', 4, 0x08, 0, 1, 0xff}, nil, []byte{0x81}},
 		{"content type not UTF-8", []byte{0x30, 8, 0, 1, 'a', 4, 0x03, 0, 1, 0xff}, nil, []byte{0x81}},
 		{"user property not UTF-8", []byte{0x30, 11, 0, 1, 'a', 7, 0x26, 0, 1, 'k', 0, 1, 0xff}, nil, []byte{0x81}},
-		{"payload format 2", []byte{0x30, 6, 0, 1, 'a', 2, 0x01, 2}, nil, []byte{0x81, 0x82}},
 		{"message expiry twice", []byte{0x30, 14, 0, 1, 'a', 10, 0x02, 0, 0, 0, 9, 0x02, 0, 0, 0, 9}, nil, []byte{0x82}},
 		{"topic alias twice", []byte{0x30, 10, 0, 1, 'a', 6, 0x23, 0, 1, 0x23, 0, 1}, nil, []byte{0x82}},
 		{"a property of CONNECT", []byte{0x30, 7, 0, 1, 'a', 3, 0x21, 0, 1}, nil, []byte{0x81, 0x82}},

@@ -39,7 +39,8 @@ type frameConn struct {
 	wmu    sync.Mutex  // one write at a time: a WebSocket takes no two
 	ending atomic.Bool // the deadline is the last one
 
-	first    bool // the CONNECT is not complete yet
+	first    bool   // the CONNECT is not complete yet
+	body     []byte // of the CONNECT, until it was looked at
 	v5       bool
 	deadline time.Time // as set last
 
@@ -134,6 +135,7 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 				if i := 6 - int64(c.pos); i >= 0 && i < int64(n) {
 					c.v5 = p[i] == 5
 				}
+				c.body = append(c.body, p[:n]...)
 				c.pos += n
 			}
 			c.remain -= n

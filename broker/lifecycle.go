@@ -84,7 +84,7 @@ func (b *Broker) restore(r *store.Stored, now time.Time) {
 	s.tally(r.Messages, int(r.Bytes))
 	s.mu.paged, s.mu.from = r.Messages, r.First
 	s.mu.replaying = len(s.replays) > 0
-	s.mu.released = r.Released
+	s.mu.released, s.mu.sentTo = r.Released, r.Sent
 	s.mu.received = map[uint16]recvState{}
 	for _, id := range r.Received {
 		s.mu.received[id] = recvRecorded
@@ -227,6 +227,7 @@ func (b *Broker) end(t *tx, r *result, s *session) {
 	b.remove(s)
 	if s.stored {
 		t.sb.DeleteSession(s.id, s.num)
+		r.stored, t.sync = true, true // a session that has ended must not come back
 		t.undoing(func() { b.unremove(s) })
 	}
 	t.rehome(r, left, s)

@@ -75,16 +75,19 @@ func (c *conn) serve() (err error) {
 	err = c.cl.Read(c.receive)
 	var code packets.Code
 	switch {
-	case err == nil, errors.Is(err, errBye), errors.Is(err, io.EOF):
+	case err == nil, errors.Is(err, errBye), errors.Is(err, io.EOF), c.fc.refused:
 	case errors.As(err, &code) && code.Code >= CodeUnspecified:
+		if code == packets.ErrProtocolViolationQosOutOfRange { // [MQTT-3.3.1-4]
+			code = packets.ErrMalformedPacket
+		}
 		b.metrics.refused.WithLabelValues("protocol").Inc()
 		b.denied.log(b.log, "client disconnected", c.cl.ID, "client", c.cl.ID, "remote", c.cl.Net.Remote, "error", err)
 		b.hangUp(c, code)
-	case strings.Contains(err.Error(), "malformed"): // mochi wraps some of its codes as text
-		b.metrics.refused.WithLabelValues("malformed").Inc()
-		b.hangUp(c, packets.ErrMalformedPacket)
 	case isTimeout(err):
 		b.hangUp(c, packets.ErrKeepAliveTimeout)
+	case !isNetwork(err): // mochi's, as text: the packet's type, its flags
+		b.metrics.refused.WithLabelValues("malformed").Inc()
+		b.hangUp(c, packets.ErrMalformedPacket)
 	}
 	return err
 }
@@ -92,6 +95,12 @@ func (c *conn) serve() (err error) {
 func isTimeout(err error) bool {
 	var t net.Error
 	return errors.As(err, &t) && t.Timeout()
+}
+
+// isNetwork tells the connection's own errors from those of its content.
+func isNetwork(err error) bool {
+	var n net.Error
+	return errors.As(err, &n) || errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.ErrClosedPipe) || errors.Is(err, mqtt.ErrConnectionClosed)
 }
 
 // connect reads CONNECT and answers it.
@@ -112,7 +121,12 @@ func (c *conn) connect() error {
 	cl.ParseConnect(c.listener, pk)
 	c.v5 = cl.Properties.ProtocolVersion == 5
 	p := &cl.Properties.Props
-	if code := checkConnect(&pk); code != packets.CodeSuccess {
+	code := checkConnect(&pk)
+	if c.v5 && code == packets.CodeSuccess {
+		code = checkConnectProperties(c.fc.body, pk.Connect.WillFlag)
+	}
+	c.fc.body = nil
+	if code != packets.CodeSuccess {
 		return errors.Join(code, c.connack(code, false))
 	}
 	if cl.State.Keepalive > maxKeepAlive {
@@ -187,6 +201,12 @@ func checkConnect(pk *packets.Packet) packets.Code {
 		return code
 	case pk.ProtocolVersion < 5 && !pk.Connect.Clean && pk.Connect.ClientIdentifier == "":
 		return packets.ErrClientIdentifierNotValid // [MQTT-3.1.3-8]
+	case pk.ProtocolVersion < 5 && pk.Connect.PasswordFlag && !pk.Connect.UsernameFlag: // [MQTT 3.1.1, 3.1.2-22]
+		return packets.ErrProtocolViolationUsernameNoFlag
+	case !pk.Connect.WillFlag && pk.Connect.WillQos > 0: // [MQTT-3.1.2-11]
+		return packets.ErrProtocolViolationQosOutOfRange
+	case strings.ContainsAny(pk.Connect.WillTopic, "+#\x00"): // [MQTT-3.1.3-11]
+		return packets.ErrTopicNameInvalid
 	case pk.Properties.AuthenticationMethod != "":
 		return packets.ErrBadAuthenticationMethod
 	}
@@ -585,7 +605,7 @@ func (c *conn) subscribe(pk *packets.Packet) error {
 	if code := pk.SubscribeValidate(); code != packets.CodeSuccess {
 		return code
 	}
-	if len(pk.Properties.SubscriptionIdentifier) > 0 && pk.Properties.SubscriptionIdentifier[0] == 0 {
+	if ids := pk.Properties.SubscriptionIdentifier; len(ids) > 1 || len(ids) == 1 && ids[0] == 0 { // [MQTT-3.8.2.1.2]
 		return packets.ErrProtocolViolation
 	}
 	b := c.b

@@ -42,6 +42,8 @@ type peer struct {
 	held   []packets.Packet // PUBLISH and PUBREL that came before what was asked for
 	lastID uint16
 	guard  string
+	// lastRel is the packet id of the PUBREL that want gave last.
+	lastRel uint16
 }
 
 // fault is what a soft peer found wrong.
@@ -209,7 +211,7 @@ func (p *peer) want(kind byte) packets.Packet {
 	for i, pk := range p.held {
 		if pk.FixedHeader.Type == kind {
 			p.held = append(p.held[:i:i], p.held[i+1:]...)
-			return pk
+			return p.note(pk)
 		}
 	}
 	for {
@@ -218,13 +220,20 @@ func (p *peer) want(kind byte) packets.Packet {
 		case err != nil:
 			p.fail("want %s: %v", packets.PacketNames[kind], err)
 		case pk.FixedHeader.Type == kind:
-			return pk
+			return p.note(pk)
 		case pk.FixedHeader.Type == packets.Publish || pk.FixedHeader.Type == packets.Pubrel:
 			p.held = append(p.held, pk)
 		default:
 			p.fail("want %s, got %s 0x%02x %q", packets.PacketNames[kind], packets.PacketNames[pk.FixedHeader.Type], pk.ReasonCode, pk.Properties.ReasonString)
 		}
 	}
+}
+
+func (p *peer) note(pk packets.Packet) packets.Packet {
+	if pk.FixedHeader.Type == packets.Pubrel {
+		p.lastRel = pk.PacketID
+	}
+	return pk
 }
 
 func (p *peer) id() uint16 {
@@ -775,8 +784,10 @@ func (h *stockHook) OnPublish(_ *mqtt.Client, pk packets.Packet) (packets.Packet
 	return pk, nil
 }
 
-func (h *stockHook) StoredClients() ([]storage.Client, error)            { return values(h.kept.clients), nil }
-func (h *stockHook) StoredSubscriptions() ([]storage.Subscription, error) { return values(h.kept.subs), nil }
+func (h *stockHook) StoredClients() ([]storage.Client, error) { return values(h.kept.clients), nil }
+func (h *stockHook) StoredSubscriptions() ([]storage.Subscription, error) {
+	return values(h.kept.subs), nil
+}
 func (h *stockHook) StoredInflightMessages() ([]storage.Message, error) {
 	return values(h.kept.inflight), nil
 }

@@ -675,15 +675,7 @@ func TestRegressionRetainedForADay(t *testing.T) {
 func bubble(t *testing.T, run func(t *testing.T, b *broker.Broker)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		o := broker.Options{
-			Dir: "/store", Node: pump, Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
-			Authenticate: everybody,
-		}
-		o.Store.FS = vfs.NewCrashableMem()
-		b, err := broker.Open(o)
-		if err != nil {
-			t.Fatal(err)
-		}
+		b := openMem(t, vfs.NewCrashableMem())
 		defer func() {
 			if err := b.Close(); err != nil {
 				t.Error(err)
@@ -691,4 +683,19 @@ func bubble(t *testing.T, run func(t *testing.T, b *broker.Broker)) {
 		}()
 		run(t, b)
 	})
+}
+
+// openMem starts a broker on a store in memory; it is the caller's to close.
+func openMem(t *testing.T, fs vfs.FS) *broker.Broker {
+	t.Helper()
+	o := broker.Options{
+		Dir: "/store", Node: pump, Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Authenticate: everybody,
+	}
+	o.Store.FS = fs
+	b, err := broker.Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }

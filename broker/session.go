@@ -68,9 +68,10 @@ type session struct {
 		// total and totalBytes are all messages not acknowledged, wherever.
 		total      int
 		totalBytes int64
-		// sent are the numbers that may have gone out on a connection before;
-		// the first redo messages as well, where a killed broker did not say.
-		sent     map[uint64]struct{}
+		// sentTo is the newest number that may have gone out, on whatever
+		// connection; the first redo messages of a session as well, where a
+		// killed broker did not say.
+		sentTo   uint64
 		redo     int
 		released []uint64 // PUBREC has come, PUBCOMP not, while the client is away
 		// done and completed are acknowledged but still in the store.
@@ -240,9 +241,6 @@ func (s *session) detach(c *conn) {
 		if e.n > 0 {
 			s.mu.paged++
 			from = min(from, e.n)
-			if e.dup {
-				s.noteSent(e.n)
-			}
 		}
 	}
 	for _, e := range s.mu.flight {
@@ -253,19 +251,11 @@ func (s *session) detach(c *conn) {
 		default:
 			s.mu.paged++
 			from = min(from, e.n)
-			s.noteSent(e.n)
 		}
 	}
 	s.mu.from = from
 	s.mu.waiting, s.mu.bytes, s.mu.flight = nil, 0, nil
 	clear(s.mu.byID)
-}
-
-func (s *session) noteSent(n uint64) {
-	if s.mu.sent == nil {
-		s.mu.sent = map[uint64]struct{}{}
-	}
-	s.mu.sent[n] = struct{}{}
 }
 
 // fill appends packets to buf, as many as the client may get. page tells that
@@ -306,6 +296,7 @@ func (s *session) fill(c *conn, buf []byte) (out []byte, page, ask bool) {
 		}
 		s.b.stats.sentPublish(len(e.m.Payload))
 		if e.qos > 0 {
+			s.mu.sentTo = max(s.mu.sentTo, e.n)
 			s.mu.byID[p.id] = e
 			s.mu.flight = append(s.mu.flight, e)
 		}
@@ -357,12 +348,7 @@ func (s *session) page(c *conn) error {
 		}
 		m := &Message{Topic: topic.Topic(q.Topic), Payload: q.Payload, QoS: q.QoS, Expires: q.Expires, Props: q.Props}
 		e := &entry{m: m, n: q.N, size: q.Size, subIDs: q.SubIDs, share: q.Share, qos: q.QoS, retain: q.Retain}
-		if _, was := s.mu.sent[q.N]; was {
-			e.dup = true
-			delete(s.mu.sent, q.N)
-		} else if s.mu.redo > 0 {
-			e.dup = true
-		}
+		e.dup = q.N <= s.mu.sentTo || s.mu.redo > 0
 		s.mu.redo = max(s.mu.redo-1, 0)
 		s.mu.waiting = append(s.mu.waiting, e)
 		s.mu.bytes += e.size
@@ -468,7 +454,6 @@ func (s *session) release(e *entry) (undo func()) {
 		s.tally(1, e.size)
 		if i := slices.Index(s.mu.released, e.n); i >= 0 { // the client went in the same batch
 			s.mu.released = slices.Delete(s.mu.released, i, i+1)
-			s.noteSent(e.n)
 			if s.mu.paged == 0 || e.n < s.mu.from {
 				s.mu.from = e.n
 			}
@@ -522,7 +507,6 @@ func (s *session) trim(sb *store.Batch) (dropped int, err error) {
 			s.mu.paged--
 			s.mu.from = msgs[i].N + 1
 			s.mu.dropped++
-			delete(s.mu.sent, msgs[i].N)
 			s.mu.Unlock()
 			dropped++
 		}
@@ -545,7 +529,7 @@ func (s *session) unsent() []*entry {
 			out = append(out, e)
 		}
 	}
-	from, paged := s.mu.from, s.mu.paged
+	from, paged, sentTo := s.mu.from, s.mu.paged, s.mu.sentTo
 	s.mu.Unlock()
 	for paged > 0 {
 		msgs, err := s.b.store.Queue(s.num, from, maxPage, maxPageBytes)
@@ -556,7 +540,7 @@ func (s *session) unsent() []*entry {
 			q := &msgs[i]
 			paged--
 			from = q.N + 1
-			if _, sent := s.mu.sent[q.N]; q.Share == "" || q.QoS == 2 && sent {
+			if q.Share == "" || q.QoS == 2 && q.N <= sentTo {
 				continue
 			}
 			m := &Message{Topic: topic.Topic(q.Topic), Payload: q.Payload, QoS: q.QoS, Expires: q.Expires, Props: q.Props}
@@ -569,6 +553,9 @@ func (s *session) unsent() []*entry {
 // record is the session's own record.
 func (s *session) record() store.Session {
 	r := store.Session{ClientID: s.id, Num: s.num, Expiry: s.expiry, Next: s.next}
+	s.mu.Lock()
+	r.Sent = s.mu.sentTo
+	s.mu.Unlock()
 	if !s.left.IsZero() {
 		r.Left = s.left.UnixMilli()
 	}

@@ -28,6 +28,13 @@ type Message struct {
 	Retain          bool
 	ResponseTopic   string
 	CorrelationData []byte
+
+	// ContentType, PayloadFormat, Expiry (in seconds, 0 is never) and User, the
+	// user properties in their order, travel as they are.
+	ContentType   string
+	PayloadFormat *byte
+	Expiry        uint32
+	User          [][2]string
 }
 
 // Subscription is one filter with its options.
@@ -66,6 +73,13 @@ type Config struct {
 	// those of QoS 1; more of QoS 0 behind an OnMessage that waits for an answer
 	// end the connection as a dead link.
 	OnMessage func(Message)
+	// OnMessages takes the place of OnMessage: it gets what has arrived so far, in
+	// order, at least one message and at most ReceiveMaximum, so that what is to
+	// be stored can be stored at once. They are acknowledged after it returned.
+	OnMessages func([]Message)
+	// Hold is called before each attempt to connect, on Run's goroutine; it may
+	// wait, until its context ends at the latest. nil does not.
+	Hold func(context.Context)
 	// OnUp is called after the subscriptions were acknowledged, on Run's
 	// goroutine; it must not block. The context ends with the connection.
 	OnUp func(context.Context)
@@ -175,6 +189,11 @@ func New(cfg Config) (*Client, error) {
 func (c *Client) Run(ctx context.Context) error {
 	wait := c.cfg.MinBackoff
 	for ctx.Err() == nil {
+		if c.cfg.Hold != nil {
+			if c.cfg.Hold(ctx); ctx.Err() != nil {
+				break
+			}
+		}
 		began := time.Now()
 		up, err := c.once(ctx)
 		if ctx.Err() != nil {
@@ -208,6 +227,9 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 	}
 	conn := &connection{down: make(chan error, 4), send: make(chan struct{}, 1)}
 	conn.session = &teeSession{State: state.NewInMemory(), lost: make(chan struct{})}
+	if c.cfg.OnMessages != nil {
+		conn.session.arrived = make(chan *packets.Publish, c.cfg.ReceiveMaximum)
+	}
 	defer func() { _ = conn.session.Close() }()
 
 	lost := func(err error) {
@@ -266,7 +288,19 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 	if p := ack.Properties; p != nil && p.MaximumPacketSize != nil {
 		conn.maxPacket = *p.MaximumPacketSize
 	}
-	defer func() { <-conn.client.Done() }()
+	stored := make(chan struct{})
+	if c.cfg.OnMessages == nil {
+		close(stored)
+	} else {
+		go func() { defer close(stored); c.batches(conn.session) }()
+	}
+	defer func() {
+		<-conn.client.Done()
+		if conn.session.arrived != nil {
+			close(conn.session.arrived)
+		}
+		<-stored
+	}()
 	// Whoever left a Will wants it published whenever it goes: 0x04 asks for
 	// that, where 0x00 would discard it [MQTT-3.14.4-3].
 	bye := &paho.Disconnect{}
@@ -308,6 +342,37 @@ func (c *Client) once(ctx context.Context) (up bool, err error) {
 		c.cfg.OnDown(err)
 	}
 	return true, err
+}
+
+// batches hands over what has arrived and acknowledges it, until the session's
+// channel is closed.
+func (c *Client) batches(s *teeSession) {
+	var pbs []*packets.Publish
+	var msgs []Message
+	for pb := range s.arrived {
+		pbs, msgs = append(pbs[:0], pb), msgs[:0]
+		for more := true; more && len(pbs) < cap(s.arrived); {
+			select {
+			case pb, ok := <-s.arrived:
+				if more = ok; ok {
+					pbs = append(pbs, pb)
+				}
+			default:
+				more = false
+			}
+		}
+		for _, pb := range pbs {
+			msgs = append(msgs, fromPaho(paho.PublishFromPacketPublish(pb)))
+		}
+		c.cfg.OnMessages(msgs)
+		for _, pb := range pbs {
+			if pb.QoS > 0 {
+				_ = s.State.Ack(pb) // it fails with the connection, whose reader notices
+			}
+		}
+		clear(pbs)
+		clear(msgs)
+	}
 }
 
 func (c *Client) connectPacket() *paho.Connect {
@@ -442,9 +507,7 @@ func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
 		return answer, nil
 	}
 	p := &paho.Publish{Topic: string(m.Topic), Payload: m.Payload, QoS: m.QoS, Retain: m.Retain}
-	if m.ResponseTopic != "" || len(m.CorrelationData) > 0 {
-		p.Properties = &paho.PublishProperties{ResponseTopic: m.ResponseTopic, CorrelationData: m.CorrelationData}
-	}
+	p.Properties = properties(&m)
 	resp := make(chan packets.ControlPacket, 1)
 
 	select {
@@ -498,6 +561,24 @@ func (c *Client) Send(ctx context.Context, m Message) (<-chan error, error) {
 	return answer, nil
 }
 
+// properties gives the message's MQTT 5 properties, nil for none.
+func properties(m *Message) *paho.PublishProperties {
+	if m.ResponseTopic == "" && len(m.CorrelationData) == 0 && m.ContentType == "" && m.PayloadFormat == nil && m.Expiry == 0 && len(m.User) == 0 {
+		return nil
+	}
+	p := &paho.PublishProperties{
+		ResponseTopic: m.ResponseTopic, CorrelationData: m.CorrelationData,
+		ContentType: m.ContentType, PayloadFormat: m.PayloadFormat,
+	}
+	if m.Expiry > 0 {
+		p.MessageExpiry = &m.Expiry
+	}
+	for _, u := range m.User {
+		p.User.Add(u[0], u[1])
+	}
+	return p
+}
+
 // size is the length of the message's PUBLISH on the wire.
 func size(m *Message) uint64 {
 	varint := func(n int) int {
@@ -513,6 +594,18 @@ func size(m *Message) uint64 {
 	}
 	if len(m.CorrelationData) > 0 {
 		props += 3 + len(m.CorrelationData)
+	}
+	if m.ContentType != "" {
+		props += 3 + len(m.ContentType)
+	}
+	if m.PayloadFormat != nil {
+		props += 2
+	}
+	if m.Expiry > 0 {
+		props += 5
+	}
+	for _, u := range m.User {
+		props += 5 + len(u[0]) + len(u[1])
 	}
 	n := 2 + len(m.Topic) + varint(props) + props + len(m.Payload)
 	if m.QoS > 0 {
@@ -547,8 +640,15 @@ func refused(code byte, props *packets.Properties) error {
 
 func fromPaho(p *paho.Publish) Message {
 	m := Message{Topic: topic.Topic(p.Topic), Payload: p.Payload, QoS: p.QoS, Retain: p.Retain}
-	if p.Properties != nil {
-		m.ResponseTopic, m.CorrelationData = p.Properties.ResponseTopic, p.Properties.CorrelationData
+	if q := p.Properties; q != nil {
+		m.ResponseTopic, m.CorrelationData = q.ResponseTopic, q.CorrelationData
+		m.ContentType, m.PayloadFormat = q.ContentType, q.PayloadFormat
+		if q.MessageExpiry != nil {
+			m.Expiry = *q.MessageExpiry
+		}
+		for _, u := range q.User {
+			m.User = append(m.User, [2]string{u.Key, u.Value})
+		}
 	}
 	return m
 }
@@ -558,6 +658,8 @@ func fromPaho(p *paho.Publish) Message {
 type teeSession struct {
 	*state.State
 	next chan<- packets.ControlPacket // guarded by connection.send
+	// arrived holds what waits for OnMessages; nil where there is none.
+	arrived chan *packets.Publish
 
 	once sync.Once
 	lost chan struct{} // closed when the connection is lost
@@ -578,4 +680,14 @@ func (s *teeSession) AddToSession(ctx context.Context, p session.Packet, resp ch
 		resp = s.next
 	}
 	return s.State.AddToSession(ctx, p, resp)
+}
+
+// Ack implements session.SessionManager. paho calls it when its handlers have
+// returned; where messages are handed over in batches they have done nothing yet.
+func (s *teeSession) Ack(pb *packets.Publish) error {
+	if s.arrived == nil {
+		return s.State.Ack(pb)
+	}
+	s.arrived <- pb
+	return nil
 }

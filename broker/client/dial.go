@@ -15,6 +15,7 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/fairlead-io/fairlead/broker/client/wsconn"
+	"github.com/fairlead-io/fairlead/broker/client/zconn"
 )
 
 const dialTimeout = 10 * time.Second
@@ -27,7 +28,8 @@ type Dialer struct {
 
 // ParseURL checks a broker's address: mqtt://host[:1883], mqtts://host[:8883],
 // ws://host[:80]/path, wss://host[:443]/path or unix:///path. A bare host:port
-// is mqtt. tlsConfig may be nil; it is used for mqtts and wss.
+// is mqtt. tlsConfig, for mqtts and wss, may be nil: then the system's roots are
+// trusted, and TLS 1.2 is the least that is spoken.
 func ParseURL(raw string, tlsConfig *tls.Config) (*Dialer, error) {
 	if raw == "" {
 		return nil, errors.New("broker address is empty: want mqtt://host:port, ws://host:port/path or unix:///path")
@@ -73,7 +75,12 @@ func ParseURL(raw string, tlsConfig *tls.Config) (*Dialer, error) {
 		return nil, fmt.Errorf("broker address %q: invalid port %q: want 1 to 65535", raw, u.Port())
 	}
 	if tlsConfig == nil {
-		tlsConfig = &tls.Config{MinVersion: tls.VersionTLS13}
+		tlsConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+	}
+	if tlsConfig.ClientSessionCache == nil {
+		// A reconnect that resumes costs a third of a whole handshake.
+		tlsConfig = tlsConfig.Clone()
+		tlsConfig.ClientSessionCache = tls.NewLRUClientSessionCache(1)
 	}
 	return &Dialer{u: u, tls: tlsConfig}, nil
 }
@@ -82,23 +89,43 @@ func ParseURL(raw string, tlsConfig *tls.Config) (*Dialer, error) {
 func (d *Dialer) String() string { return d.u.String() }
 
 // Dial opens one connection.
-func (d *Dialer) Dial(ctx context.Context) (net.Conn, error) {
+func (d *Dialer) Dial(ctx context.Context) (net.Conn, error) { return d.dial(ctx, false) }
+
+// DialCompressed opens one connection, compressed where both sides can agree on
+// that: over TLS and WebSocket, with a broker of ours. It is for links that are
+// paid by the byte.
+func (d *Dialer) DialCompressed(ctx context.Context) (net.Conn, error) { return d.dial(ctx, true) }
+
+func (d *Dialer) dial(ctx context.Context, compress bool) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	// MQTT's own keepalive finds a dead link; TCP's probes would double what an
 	// idle link costs.
 	nd := net.Dialer{KeepAlive: -1}
+	protocols := []string{wsconn.Subprotocol}
+	if compress {
+		protocols = []string{zconn.Protocol, wsconn.Subprotocol}
+	}
 	switch d.u.Scheme {
 	case "unix":
 		return nd.DialContext(ctx, "unix", d.u.Path)
 	case "mqtts":
-		return (&tls.Dialer{NetDialer: &nd, Config: d.tls}).DialContext(ctx, "tcp", d.u.Host)
+		cfg := d.tls.Clone()
+		cfg.NextProtos = protocols
+		c, err := (&tls.Dialer{NetDialer: &nd, Config: cfg}).DialContext(ctx, "tcp", d.u.Host)
+		if err != nil {
+			return nil, err
+		}
+		if c.(*tls.Conn).ConnectionState().NegotiatedProtocol == zconn.Protocol {
+			return zconn.New(c), nil
+		}
+		return c, nil
 	case "ws", "wss":
 		wd := websocket.Dialer{
 			NetDialContext:   nd.DialContext,
 			Proxy:            http.ProxyFromEnvironment,
 			TLSClientConfig:  d.tls,
-			Subprotocols:     []string{wsconn.Subprotocol},
+			Subprotocols:     protocols,
 			HandshakeTimeout: dialTimeout,
 		}
 		ws, resp, err := wd.DialContext(ctx, d.u.String(), nil)
@@ -110,6 +137,9 @@ func (d *Dialer) Dial(ctx context.Context) (net.Conn, error) {
 				return nil, fmt.Errorf("%w: the server answered %s", err, resp.Status)
 			}
 			return nil, err
+		}
+		if ws.Subprotocol() == zconn.Protocol {
+			return zconn.New(wsconn.New(ws)), nil
 		}
 		return wsconn.New(ws), nil
 	default:

@@ -133,7 +133,11 @@ func join(t *testing.T, s *site, user string, writes topic.Direction) *party {
 	p.out.AddNode(plant)
 	ic := repair.InboxConfig{Direction: reads}
 	if reads == topic.Desired { // the node drops, the cloud has it cleared
-		ic.Absent = func(t topic.Topic) { p.store(t, nil) }
+		ic.Absent = func(ts []topic.Topic) {
+			for _, t := range ts {
+				p.store(t, nil)
+			}
+		}
 	}
 	p.in = repair.NewInbox(ic)
 	var err error

@@ -31,14 +31,19 @@ const (
 	answer = digestMax + settleMax
 	// wantMax bounds the topics of one request.
 	wantMax = 500
+	// firstPage is how many topics the first two pages of a repair ask for; each
+	// further one asks for twice as many, up to PageSize. Where a link breaks
+	// after a few thousand bytes, a large page would never arrive. The second one
+	// must fit as well: it says that the first one is done with.
+	firstPage = 8
 )
 
 // InboxConfig configures an inbox.
 type InboxConfig struct {
 	Direction topic.Direction
-	// Absent is told of a topic that the writer does not have: the receiver
-	// drops it. Where it is nil the writer is asked to clear it.
-	Absent func(topic.Topic)
+	// Absent is told of topics that the writer does not have: the receiver
+	// drops them. Where it is nil the writer is asked to clear them.
+	Absent func([]topic.Topic)
 	Logger *slog.Logger
 }
 
@@ -54,24 +59,49 @@ type Inbox struct {
 	mu struct {
 		sync.Mutex
 		nodes   map[string]*inNode
+		agenda  agenda[*inNode] // when to ask
 		repairs uint64
 	}
 }
 
 type inNode struct {
+	slot
+	name    string
 	have    *digest.Set
 	writer  payload.Digest
-	heard   bool                // a digest was received
-	wanted  map[string]struct{} // asked for in the present repair
-	differs time.Time           // since when, zero while equal
-	due     time.Time           // when to ask
-	pause   time.Duration       // before asking once more
-	asked   string              // correlation of the manifest in progress, empty for none
-	page    string              // which page of it was asked for
-	askedAt time.Time
-	want    []string // collected so far, relative to fl/<node>/
-	n       uint64   // requests made
+	heard   bool                   // a digest was received
+	epoch   string                 // the writer's when the sets were equal last
+	wanted  map[string]digest.Hash // asked for in the present repair; zero where the writer has none
+	differs time.Time              // since when, zero while equal
+	pause   time.Duration          // before asking once more
+
+	// The repair in progress.
+	phase       phase
+	began       string // the page that it began with; empty is the first
+	wrapped     bool   // it came to the end and goes on at the front, up to began
+	second      bool   // it has come to the second page
+	page        string // the page that was asked for last
+	max         int    // its size
+	correlation string
+	askedAt     time.Time
+	next        string   // the page that is to be asked for
+	want        []string // what differs on the page before it, relative to fl/<node>/
+	n           uint64   // requests made
+
+	// resume is the page whose answers were under way last: where a connection
+	// ends in the middle of a repair, the next one goes on there.
+	resume string
 }
+
+// phase is how far a repair is.
+type phase uint8
+
+const (
+	idle  phase = iota // none in progress, or all was asked for
+	asked              // a page is on its way
+	more               // another one is to be asked for
+	last               // the last one came
+)
 
 // NewInbox makes an empty inbox.
 func NewInbox(cfg InboxConfig) *Inbox {
@@ -94,7 +124,7 @@ func (i *Inbox) signal() {
 func (i *Inbox) nodeLocked(name string) *inNode {
 	n := i.mu.nodes[name]
 	if n == nil {
-		n = &inNode{have: digest.NewSet()}
+		n = &inNode{name: name, have: digest.NewSet()}
 		i.mu.nodes[name] = n
 	}
 	return n
@@ -113,30 +143,39 @@ func (i *Inbox) Put(t topic.Topic, p []byte) {
 	n.have.Put(string(t), p)
 	if _, ok := n.wanted[string(t)]; ok {
 		delete(n.wanted, string(t))
-		if at := time.Now().Add(answer); n.asked == "" && n.due.Before(at) {
-			n.due = at // the answer is coming in
+		if at := time.Now().Add(answer); n.phase == idle && n.at.Before(at) {
+			i.mu.agenda.set(n, at) // the answer is coming in
 		}
 	}
-	if !n.differs.IsZero() && n.asked == "" {
+	if !n.differs.IsZero() && n.phase == idle {
 		i.compareLocked(n)
 	}
 }
 
-// Wanted tells whether a repair asked for the topic, so that it is to be taken
-// even if its rev is older.
-func (i *Inbox) Wanted(t topic.Topic) bool {
-	parsed, err := topic.Parse(string(t))
-	if err != nil {
+// Accepts tells whether a receiver that holds one payload of a topic takes
+// another in its place. Within an epoch it does not go back to an earlier rev of
+// the same uid: such a message comes late. But it takes what the writer has just
+// named as its present state, hash for hash, and everything while the writer's
+// epoch is one under which the sets have not been equal yet.
+func (i *Inbox) Accepts(t topic.Topic, held, p []byte) bool {
+	if !older(p, held) {
+		return true
+	}
+	name, ok := node(t, i.cfg.Direction)
+	if !ok {
 		return false
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	n := i.mu.nodes[parsed.Node]
+	n := i.mu.nodes[name]
 	if n == nil {
 		return false
 	}
-	_, ok := n.wanted[string(t)]
-	return ok
+	if n.heard && n.writer.Epoch != n.epoch {
+		return true
+	}
+	h, ok := n.wanted[string(t)]
+	return ok && h == digest.Of(string(t), p)
 }
 
 // Reset forgets what the receiver has, for a receiver that is about to be told
@@ -146,9 +185,21 @@ func (i *Inbox) Reset() {
 	defer i.mu.Unlock()
 	for _, n := range i.mu.nodes {
 		n.have = digest.NewSet()
-		n.heard, n.differs, n.due, n.pause = false, time.Time{}, time.Time{}, 0
-		n.asked, n.want, n.wanted = "", nil, nil
+		n.heard = false
+		i.endLocked(n)
 	}
+}
+
+// Restart makes void what was asked of a node's writer, for a receiver that
+// learns that the writer has connected anew: its answers may be lost.
+func (i *Inbox) Restart(node string) {
+	i.mu.Lock()
+	if n := i.mu.nodes[node]; n != nil {
+		i.endLocked(n)
+		i.compareLocked(n)
+	}
+	i.mu.Unlock()
+	i.signal()
 }
 
 // Has tells whether the receiver holds the topic.
@@ -192,14 +243,14 @@ func (i *Inbox) Digest(node string, d payload.Digest) {
 	n := i.nodeLocked(node)
 	n.writer, n.heard = d, true
 	wait := again
-	if n.asked == "" {
+	if n.phase == idle {
 		i.compareLocked(n)
 		wait = n.pause
 	}
 	// A digest that still differs says that the writer lives, and that its
 	// answer, where it gave one, is complete: neither has to be waited for.
-	if at := later(n.askedAt.Add(wait), time.Now().Add(settle)); n.pause > 0 && at.Before(n.due) {
-		n.due = at
+	if at := later(n.askedAt.Add(wait), time.Now().Add(settle)); n.pause > 0 && at.Before(n.at) {
+		i.mu.agenda.set(n, at)
 	}
 	i.mu.Unlock()
 	i.signal()
@@ -212,12 +263,20 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
+// endLocked ends what there is of a repair.
+func (i *Inbox) endLocked(n *inNode) {
+	n.phase, n.want, n.wanted = idle, nil, nil
+	n.differs, n.pause = time.Time{}, 0
+	i.mu.agenda.set(n, time.Time{})
+}
+
 func (i *Inbox) compareLocked(n *inNode) {
 	if !n.heard {
 		return
 	}
 	if equal(n) {
-		n.differs, n.due, n.pause, n.wanted = time.Time{}, time.Time{}, 0, nil
+		i.endLocked(n)
+		n.epoch, n.resume = n.writer.Epoch, ""
 		return
 	}
 	now := time.Now()
@@ -225,12 +284,13 @@ func (i *Inbox) compareLocked(n *inNode) {
 		n.differs = now
 	}
 	if n.pause > 0 {
-		return // a repair was tried already; due stands
+		return // a repair was tried already; the agenda stands
 	}
-	n.due = now.Add(settle)
-	if m := n.differs.Add(settleMax); m.Before(n.due) {
-		n.due = m
+	at := now.Add(settle)
+	if m := n.differs.Add(settleMax); m.Before(at) {
+		at = m
 	}
+	i.mu.agenda.set(n, at)
 }
 
 // Manifest takes a page of the writer's manifest.
@@ -239,7 +299,7 @@ func (i *Inbox) Manifest(name string, m payload.SyncManifest, correlation []byte
 	var absent []topic.Topic
 	i.mu.Lock()
 	n := i.mu.nodes[name]
-	if n == nil || n.asked == "" || string(correlation) != n.asked || m.After != n.page {
+	if n == nil || n.phase != asked || string(correlation) != n.correlation || m.After != n.page {
 		i.mu.Unlock()
 		return // late, or meant for another receiver
 	}
@@ -249,12 +309,14 @@ func (i *Inbox) Manifest(name string, m payload.SyncManifest, correlation []byte
 		return
 	}
 	n.writer = m.Digest // as new as any, and the digest's own message may be lost
+	n.want = nil
 	for t, h := range m.Topics {
 		if _, ok := node(topic.Topic(prefix+t), i.cfg.Direction); !ok {
 			continue // we would never hold it
 		}
 		if have, ok := n.have.Get(prefix + t); !ok || have != h {
 			n.want = append(n.want, t)
+			n.wanted[prefix+t] = h
 		}
 	}
 	after := ""
@@ -273,19 +335,39 @@ func (i *Inbox) Manifest(name string, m payload.SyncManifest, correlation []byte
 			absent = append(absent, topic.Topic(t))
 		} else {
 			n.want = append(n.want, rel)
+			n.wanted[t] = digest.Hash{}
 		}
 	}
 	i.mu.Unlock()
-	for _, t := range absent {
-		i.cfg.Absent(t)
+	if len(absent) > 0 {
+		i.cfg.Absent(absent)
 	}
 	i.mu.Lock()
-	if n.asked == string(correlation) { // nothing began anew meanwhile
-		n.after(m.Next)
+	if n.phase == asked && n.correlation == string(correlation) { // nothing began anew meanwhile
+		n.turn(m)
+		i.mu.agenda.set(n, time.Now())
 		i.equalLocked(n)
 	}
 	i.mu.Unlock()
 	i.signal()
+}
+
+// turn decides what follows a page.
+func (n *inNode) turn(m payload.SyncManifest) {
+	if n.resume = m.After; n.second {
+		n.max = min(2*n.max, PageSize)
+	}
+	n.second = true
+	switch {
+	case n.wrapped && (m.Next == "" || m.Next >= n.began):
+		n.phase = last
+	case m.Next != "":
+		n.phase, n.next = more, m.Next
+	case n.began != "" && !n.wrapped:
+		n.phase, n.next, n.wrapped = more, "", true
+	default:
+		n.phase = last
+	}
 }
 
 // equalLocked ends a repair whose work is done, by whatever messages.
@@ -293,19 +375,8 @@ func (i *Inbox) equalLocked(n *inNode) bool {
 	if !n.heard || !equal(n) {
 		return false
 	}
-	n.asked, n.want = "", nil
 	i.compareLocked(n)
 	return true
-}
-
-// after records that a page came; next is where the following one begins.
-func (n *inNode) after(next string) {
-	if next != "" {
-		n.asked = "next:" + next
-	} else {
-		n.asked = "done"
-	}
-	n.due = time.Now()
 }
 
 // Run asks for repairs until ctx, which is one connection's, ends.
@@ -318,8 +389,7 @@ func (i *Inbox) Run(ctx context.Context, s Sender) error {
 	}
 	i.mu.Lock()
 	for _, n := range i.mu.nodes { // the repairs of the connection before are void
-		n.asked, n.want, n.wanted = "", nil, nil
-		n.differs, n.due, n.pause = time.Time{}, time.Time{}, 0
+		i.endLocked(n)
 		i.compareLocked(n)
 	}
 	i.mu.Unlock()
@@ -347,36 +417,42 @@ type request struct {
 }
 
 func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
-	now := time.Now()
-	wait := time.Hour
 	var out []request
+	var wait time.Duration
 	i.mu.Lock()
-	for name, n := range i.mu.nodes {
-		if n.due.IsZero() || !n.due.After(now) && i.equalLocked(n) {
+	for now := time.Now(); ; {
+		n, next, ok := i.mu.agenda.due(now)
+		if !ok {
+			wait = next
+			break
+		}
+		if i.equalLocked(n) {
 			continue
 		}
-		if n.due.After(now) {
-			wait = min(wait, n.due.Sub(now))
-			continue
-		}
-		next, more := strings.CutPrefix(n.asked, "next:")
-		switch {
+		switch n.phase {
 		case more:
-			out = append(out, i.requestLocked(name, n, next))
-		case n.asked == "done":
-			out = append(out, i.finishLocked(name, n)...)
+			out = append(out, i.wantLocked(n)...)
+			out[len(out)-1] = i.pageLocked(n, n.next, out[len(out)-1])
+		case last:
+			out = append(out, i.finishLocked(n)...)
 		default: // a new repair, or one whose answer did not come
+			if n.phase == idle && n.pause > 0 {
+				n.resume = "" // it went through, and something changed or was lost
+			}
 			i.mu.repairs++
 			n.pause = min(max(2*n.pause, again), againMax)
-			n.want, n.wanted = nil, map[string]struct{}{}
-			i.log.Info("repair: state differs, asking for the manifest", "node", name,
+			n.want, n.wanted, n.max = nil, map[string]digest.Hash{}, firstPage
+			n.began, n.wrapped, n.second = n.resume, false, false
+			i.log.Info("repair: state differs, asking for the manifest", "node", n.name,
 				"direction", i.cfg.Direction.String(), "have", n.have.Count(), "writer", n.writer.Count)
-			out = append(out, i.requestLocked(name, n, ""))
+			out = append(out, i.pageLocked(n, n.began, request{node: n.name}))
 		}
-		wait = min(wait, max(0, n.due.Sub(now)))
 	}
 	i.mu.Unlock()
 	for _, r := range out {
+		if len(r.r.Want) == 0 && !r.r.Manifest {
+			continue
+		}
 		m := client.Message{
 			Topic: topic.SyncRequest(r.node, i.cfg.Direction), Payload: payload.Encode(r.r), QoS: 1,
 			ResponseTopic: string(topic.SyncManifest(r.node, i.cfg.Direction)), CorrelationData: []byte(r.correlation),
@@ -388,30 +464,37 @@ func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
 	return wait, nil
 }
 
-// requestLocked asks for the manifest's page after a topic.
-func (i *Inbox) requestLocked(name string, n *inNode, after string) request {
+// pageLocked adds to a request that for the manifest's page after a topic. What
+// the request wants comes first, so the page says that it has come.
+func (i *Inbox) pageLocked(n *inNode, after string, r request) request {
 	n.n++
-	n.asked, n.page, n.askedAt = "ask:"+i.name+":"+strconv.FormatUint(n.n, 36), after, time.Now()
-	n.due = n.askedAt.Add(n.pause)
-	return request{node: name, r: payload.SyncRequest{Manifest: true, After: after}, correlation: n.asked}
+	n.phase, n.page, n.askedAt = asked, after, time.Now()
+	n.correlation = i.name + ":" + strconv.FormatUint(n.n, 36)
+	i.mu.agenda.set(n, n.askedAt.Add(n.pause))
+	r.r.Manifest, r.r.After, r.r.Max = true, after, n.max
+	r.correlation = n.correlation
+	return r
 }
 
-// finishLocked wants what the manifest showed to differ. If the sets still
-// differ when the answers should have come, the repair begins again.
-func (i *Inbox) finishLocked(name string, n *inNode) []request {
-	n.asked = ""
+// wantLocked asks for what the page showed to differ; the last request may ask
+// for nothing.
+func (i *Inbox) wantLocked(n *inNode) []request {
 	slices.Sort(n.want)
-	if n.wanted == nil {
-		n.wanted = map[string]struct{}{}
-	}
-	for _, w := range n.want {
-		n.wanted[topic.Root+"/"+name+"/"+w] = struct{}{}
-	}
 	var out []request
 	for chunk := range slices.Chunk(n.want, wantMax) {
-		out = append(out, request{node: name, r: payload.SyncRequest{Want: chunk}})
+		out = append(out, request{node: n.name, r: payload.SyncRequest{Want: chunk}})
+	}
+	if len(out) == 0 {
+		out = append(out, request{node: n.name})
 	}
 	n.want = nil
-	n.due = time.Now().Add(max(n.pause, answer))
 	return out
+}
+
+// finishLocked wants what the last page showed to differ. If the sets still
+// differ when the answers should have come, the repair begins again.
+func (i *Inbox) finishLocked(n *inNode) []request {
+	n.phase = idle
+	i.mu.agenda.set(n, time.Now().Add(max(n.pause, answer)))
+	return i.wantLocked(n)
 }

@@ -28,11 +28,28 @@ import (
 	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
-// PageSize is the number of topics in one page of a manifest.
-const PageSize = 2000
+// PageSize bounds the topics in one page of a manifest, pageBytes its size.
+const (
+	PageSize  = 2000
+	pageBytes = 128 << 10
+)
 
-// maxPages bounds the manifests that wait to be sent; the receiver asks again.
-const maxPages = 1024
+// maxPages bounds the pages and maxWants the topics asked for that wait to be
+// sent. What is beyond is dropped and counted; the receiver asks again.
+const (
+	maxPages = 16384
+	maxWants = 65536
+)
+
+// firstWindow is how many bytes of topics may be under way unacknowledged when a
+// connection begins; each acknowledgement adds what it acknowledged, up to
+// maxWindow. A link that breaks after every few thousand bytes would otherwise
+// take the acknowledgements of all of them with it, each time.
+const (
+	firstWindow = 2 << 10
+	maxWindow   = 4 << 20
+	overhead    = 24 // of a message and its acknowledgement, about
+)
 
 // digestDelay coalesces digests: one follows the last change by this much, at
 // the latest digestMax after the first. A digest costs as much as a reading, so
@@ -58,7 +75,7 @@ type Sender interface {
 // OutboxConfig configures an outbox.
 type OutboxConfig struct {
 	Direction topic.Direction
-	// Epoch names the numbering of the revs.
+	// Epoch names the numbering of the revs, see [NewEpoch].
 	Epoch string
 	// Get gives the writer's present payload of a topic; false or an empty one
 	// says that there is none. It is called on Run's goroutine and must not block.
@@ -78,14 +95,22 @@ type Outbox struct {
 
 	mu struct {
 		sync.Mutex
-		nodes map[string]*outNode
-		queue []topic.Topic        // dirty topics, oldest first
-		dirty map[topic.Topic]bool // true: send even what the other side is believed to have
-		pages []page               // manifests asked for
+		nodes   map[string]*outNode
+		agenda  agenda[*outNode]     // of digests
+		urgent  []topic.Topic        // dirty topics that a receiver wants
+		queue   []topic.Topic        // dirty topics, oldest first
+		dirty   map[topic.Topic]bool // true: send even what the other side is believed to have
+		backlog int                  // how much of the queue goes before the first digests and pages
+		pages   []page               // manifests asked for
+		wanted  uint64               // topics put into urgent so far
+		sent    uint64               // topics taken from it
+		dropped uint64               // wants and pages
 	}
 }
 
 type outNode struct {
+	slot
+	name      string
 	sent      *digest.Set
 	published payload.Digest
 	known     bool      // a digest was published on this connection
@@ -98,6 +123,8 @@ type outNode struct {
 
 type page struct {
 	node, after string
+	max         int
+	behind      uint64 // topics wanted that go first
 	correlation []byte
 }
 
@@ -122,11 +149,15 @@ func (o *Outbox) signal() {
 func (o *Outbox) nodeLocked(name string) *outNode {
 	n := o.mu.nodes[name]
 	if n == nil {
-		n = &outNode{sent: digest.NewSet()}
+		n = &outNode{name: name, sent: digest.NewSet()}
 		o.mu.nodes[name] = n
+		o.planLocked(n)
 	}
 	return n
 }
+
+// planLocked follows a change of what the node's digest depends on.
+func (o *Outbox) planLocked(n *outNode) { o.mu.agenda.set(n, n.due(time.Now())) }
 
 // node gives the topic's node. ok is false for a topic that the direction's
 // digest does not cover: in the set, it would make the digests differ for ever.
@@ -226,7 +257,15 @@ func (o *Outbox) again(t topic.Topic) {
 func (o *Outbox) Pending() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return len(o.mu.queue)
+	return len(o.mu.dirty)
+}
+
+// Dropped counts the topics and pages that receivers asked for and that were
+// beyond the bound of what may wait.
+func (o *Outbox) Dropped() uint64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.mu.dropped
 }
 
 // Request takes a receiver's request. to and correlation are the request's
@@ -234,26 +273,41 @@ func (o *Outbox) Pending() int {
 // and nowhere else: a receiver must not choose what the writer writes to.
 func (o *Outbox) Request(name string, r payload.SyncRequest, to string, correlation []byte) {
 	prefix := topic.Root + "/" + name + "/"
+	foreign := to != "" && to != string(topic.SyncManifest(name, o.cfg.Direction))
 	o.mu.Lock()
 	n := o.nodeLocked(name)
+	dropped := o.mu.dropped
 	for _, w := range r.Want {
 		t := topic.Topic(prefix + w)
 		if _, ok := node(t, o.cfg.Direction); !ok {
 			continue
 		}
-		o.touchLocked(t, true)
+		if len(o.mu.urgent) >= maxWants {
+			o.mu.dropped++
+			continue
+		}
+		o.mu.dirty[t] = true
+		o.mu.urgent = append(o.mu.urgent, t)
+		o.mu.wanted++
 		n.force = true
 	}
-	dropped := false
-	if r.Manifest {
-		dropped = len(o.mu.pages) >= maxPages || to != "" && to != string(topic.SyncManifest(name, o.cfg.Direction))
-		if !dropped {
-			o.mu.pages = append(o.mu.pages, page{node: name, after: r.After, correlation: correlation})
-		}
+	if len(r.Want) > 0 {
+		o.planLocked(n)
 	}
+	switch {
+	case !r.Manifest || foreign:
+	case len(o.mu.pages) >= maxPages:
+		o.mu.dropped++
+	default:
+		o.mu.pages = append(o.mu.pages, page{node: name, after: r.After, max: r.Max, behind: o.mu.wanted, correlation: correlation})
+	}
+	dropped = o.mu.dropped - dropped
 	o.mu.Unlock()
-	if dropped {
-		o.log.Warn("request for the manifest ignored: too many wait, or it names a foreign response topic", "node", name)
+	if dropped > 0 {
+		o.log.Warn("repair: too much is asked for, dropped what is beyond the bound", "node", name, "direction", o.cfg.Direction.String(), "dropped", dropped)
+	}
+	if r.Manifest && foreign {
+		o.log.Warn("request for the manifest ignored: it names a foreign response topic", "node", name)
 	}
 	if len(r.Want) > 0 {
 		o.log.Info("repair: publishing again", "node", name, "direction", o.cfg.Direction.String(), "topics", len(r.Want))
@@ -263,9 +317,24 @@ func (o *Outbox) Request(name string, r payload.SyncRequest, to string, correlat
 
 type sentItem struct {
 	t      topic.Topic
+	size   int
 	digest string // the node, where it is a digest
 	ack    <-chan error
 }
+
+// flight is what a connection's Run has sent and not seen acknowledged.
+type flight struct {
+	items  []sentItem // oldest first
+	bytes  int
+	window int
+}
+
+func (f *flight) add(it sentItem) {
+	f.items = append(f.items, it)
+	f.bytes += it.size
+}
+
+func (f *flight) full() bool { return len(f.items) > 0 && f.bytes >= f.window }
 
 // Run sends until ctx, which is one connection's, ends or sending fails. It
 // begins with the topics that wait, then publishes every node's digest. What
@@ -280,13 +349,14 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 	o.mu.Lock()
 	for _, n := range o.mu.nodes {
 		n.known = false
+		o.planLocked(n)
 	}
-	backlog := len(o.mu.queue) // what has to be sent before the first digests
+	o.mu.backlog = len(o.mu.queue)
 	o.mu.Unlock()
-	var inflight []sentItem
+	f := &flight{window: firstWindow}
 	defer func() {
-		left, _ := o.reap(inflight)
-		for _, it := range left {
+		_ = o.reap(f)
+		for _, it := range f.items {
 			if it.digest == "" {
 				o.again(it.t)
 			}
@@ -302,42 +372,40 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 			return err
 		}
 		// What was sent so far is what a manifest and a digest tell, so both are
-		// right at any time, also while there is always something to send.
+		// right at any time, also while there is always something to send; but not
+		// before all is sent that waited when the connection began, as a receiver
+		// drops what they do not name.
 		if err := o.manifests(ctx, s); err != nil {
 			return err
 		}
-		t, must, item := o.nextDirty()
-		if item {
-			backlog--
+		if err := o.reap(f); err != nil {
+			return err
+		}
+		if t, must, ok := o.nextDirty(f.full()); ok {
 			it, err := o.send(ctx, s, t, must)
 			if err != nil {
 				o.again(t)
 				return err
 			}
 			if it.ack != nil {
-				inflight = append(inflight, it)
+				f.add(it)
 			}
-			if inflight, err = o.reap(inflight); err != nil {
-				return err
-			}
-			if now := time.Now(); backlog <= 0 && now.Sub(looked) > digestDelay {
+			if now := time.Now(); now.Sub(looked) > digestDelay {
 				looked = now
-				if _, inflight, err = o.digests(ctx, s, inflight); err != nil {
+				if _, err = o.digests(ctx, s, f); err != nil {
 					return err
 				}
 			}
 			continue
 		}
-		backlog = 0
-		var wait time.Duration
-		var err error
-		if wait, inflight, err = o.digests(ctx, s, inflight); err != nil {
+		wait, err := o.digests(ctx, s, f)
+		if err != nil {
 			return err
 		}
 		timer.Reset(wait)
 		var head <-chan error
-		if len(inflight) > 0 {
-			head = inflight[0].ack
+		if len(f.items) > 0 {
+			head = f.items[0].ack
 		}
 		select {
 		case <-ctx.Done():
@@ -345,9 +413,7 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 		case <-o.wake:
 		case <-timer.C:
 		case err := <-head:
-			err = o.finish(inflight[0], err)
-			inflight = inflight[1:]
-			if err != nil {
+			if err := o.settle(f, err); err != nil {
 				return err
 			}
 		}
@@ -355,20 +421,28 @@ func (o *Outbox) Run(ctx context.Context, s Sender) error {
 }
 
 // reap takes the acknowledgements that are there already.
-func (o *Outbox) reap(inflight []sentItem) ([]sentItem, error) {
-	for len(inflight) > 0 {
+func (o *Outbox) reap(f *flight) error {
+	for len(f.items) > 0 {
 		select {
-		case err := <-inflight[0].ack:
-			err = o.finish(inflight[0], err)
-			inflight = inflight[1:]
-			if err != nil {
-				return inflight, err
+		case err := <-f.items[0].ack:
+			if err := o.settle(f, err); err != nil {
+				return err
 			}
 		default:
-			return inflight, nil
+			return nil
 		}
 	}
-	return nil, nil
+	f.items = nil
+	return nil
+}
+
+// settle takes the answer to the oldest of what is in flight.
+func (o *Outbox) settle(f *flight, answer error) error {
+	it := f.items[0]
+	f.items = f.items[1:]
+	f.bytes -= it.size
+	f.window = min(f.window+it.size, maxWindow)
+	return o.finish(it, answer)
 }
 
 // finish settles what was sent. It gives an error where the connection is no
@@ -388,6 +462,7 @@ func (o *Outbox) finish(it sentItem, err error) error {
 		o.mu.Lock()
 		n := o.nodeLocked(it.digest)
 		n.force, n.retry = true, time.Now().Add(digestRetry)
+		o.planLocked(n)
 		o.mu.Unlock()
 	default:
 		// Sending it again would be refused again. The digest shows that it is
@@ -397,18 +472,28 @@ func (o *Outbox) finish(it sentItem, err error) error {
 	return nil
 }
 
-func (o *Outbox) nextDirty() (t topic.Topic, must, ok bool) {
+// nextDirty takes the next topic to send, unless no more may be in flight.
+func (o *Outbox) nextDirty(full bool) (t topic.Topic, must, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(o.mu.queue) == 0 {
-		o.mu.queue = nil
-		return "", false, false
+	for !full {
+		switch {
+		case len(o.mu.urgent) > 0:
+			t, o.mu.urgent = o.mu.urgent[0], o.mu.urgent[1:]
+			o.mu.sent++
+		case len(o.mu.queue) > 0:
+			t, o.mu.queue = o.mu.queue[0], o.mu.queue[1:]
+			o.mu.backlog--
+		default:
+			o.mu.urgent, o.mu.queue, o.mu.backlog = nil, nil, 0
+			return "", false, false
+		}
+		if must, ok = o.mu.dirty[t]; ok { // else it went as the other kind already
+			delete(o.mu.dirty, t)
+			return t, must, true
+		}
 	}
-	t = o.mu.queue[0]
-	o.mu.queue = o.mu.queue[1:]
-	must = o.mu.dirty[t]
-	delete(o.mu.dirty, t)
-	return t, must, true
+	return "", false, false
 }
 
 func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic, must bool) (sentItem, error) {
@@ -433,12 +518,13 @@ func (o *Outbox) send(ctx context.Context, s Sender, t topic.Topic, must bool) (
 		n.first = now
 	}
 	n.last = now
+	o.planLocked(n)
 	o.mu.Unlock()
 	ack, err := s.Send(ctx, client.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
 	if err != nil {
 		return sentItem{}, err
 	}
-	return sentItem{t: t, ack: ack}, nil
+	return sentItem{t: t, size: len(t) + len(p) + overhead, ack: ack}, nil
 }
 
 // due tells when the node's digest is to be published.
@@ -465,75 +551,91 @@ func (n *outNode) due(now time.Time) time.Time {
 
 // digests publishes the digests that are due, adds them to what is in flight
 // and tells how long to wait for the next one.
-func (o *Outbox) digests(ctx context.Context, s Sender, inflight []sentItem) (time.Duration, []sentItem, error) {
-	wait := time.Hour
+func (o *Outbox) digests(ctx context.Context, s Sender, f *flight) (time.Duration, error) {
 	type out struct {
 		node string
 		d    payload.Digest
 	}
 	var due []out
+	var wait time.Duration
 	now := time.Now()
 	o.mu.Lock()
-	for name, n := range o.mu.nodes {
-		if at := n.due(now); at.After(now) {
-			wait = min(wait, at.Sub(now))
-			continue
+	if o.mu.backlog > 0 {
+		o.mu.Unlock()
+		return time.Hour, nil // what is in flight goes on
+	}
+	for {
+		n, next, ok := o.mu.agenda.due(now)
+		if !ok {
+			wait = next
+			break
 		}
 		n.first, n.retry = time.Time{}, time.Time{}
 		d := payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()}
-		if n.known && !n.force && d == n.published && now.Before(n.refresh) {
-			wait = min(wait, n.refresh.Sub(now))
-			continue
+		if !n.known || n.force || d != n.published || !now.Before(n.refresh) {
+			n.known, n.force, n.published = true, false, d
+			n.refresh = now.Add(digestRefresh*3/4 + rand.N(digestRefresh/2))
+			due = append(due, out{n.name, d})
 		}
-		n.known, n.force, n.published = true, false, d
-		n.refresh = now.Add(digestRefresh*3/4 + rand.N(digestRefresh/2))
-		wait = min(wait, n.refresh.Sub(now))
-		due = append(due, out{name, d})
+		o.mu.agenda.set(n, n.refresh)
 	}
 	o.mu.Unlock()
 	for _, d := range due {
 		t := o.cfg.Direction.Digest(d.node)
-		ack, err := s.Send(ctx, client.Message{Topic: t, Payload: payload.Encode(d.d), QoS: 1, Retain: true})
+		p := payload.Encode(d.d)
+		ack, err := s.Send(ctx, client.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
 		if err != nil {
-			return 0, inflight, err
+			return 0, err
 		}
-		inflight = append(inflight, sentItem{t: t, digest: d.node, ack: ack})
+		f.add(sentItem{t: t, size: len(t) + len(p) + overhead, digest: d.node, ack: ack})
 	}
-	return wait, inflight, nil
+	return wait, nil
 }
 
+// manifests sends the pages that were asked for, as far as what was wanted
+// before them has been sent.
 func (o *Outbox) manifests(ctx context.Context, s Sender) error {
 	for {
 		o.mu.Lock()
-		if len(o.mu.pages) == 0 {
+		if len(o.mu.pages) == 0 || o.mu.backlog > 0 || o.mu.pages[0].behind > o.mu.sent {
 			o.mu.Unlock()
 			return nil
 		}
 		pg := o.mu.pages[0]
 		o.mu.pages = o.mu.pages[1:]
-		n := o.nodeLocked(pg.node)
-		prefix := topic.Root + "/" + pg.node + "/"
-		m := payload.SyncManifest{
-			Digest: payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()},
-			After:  pg.after, Topics: map[string]digest.Hash{},
-		}
-		after := ""
-		if pg.after != "" {
-			after = prefix + pg.after
-		}
-		topics := n.sent.Topics(after, PageSize+1)
-		for i, t := range topics {
-			if i == PageSize {
-				m.Next = topics[i-1][len(prefix):]
-				break
-			}
-			h, _ := n.sent.Get(t)
-			m.Topics[t[len(prefix):]] = h
-		}
+		m := o.pageLocked(pg)
 		o.mu.Unlock()
 		_, err := s.Send(ctx, client.Message{Topic: topic.SyncManifest(pg.node, o.cfg.Direction), Payload: payload.Encode(m), QoS: 1, CorrelationData: pg.correlation})
 		if err != nil {
 			return err
 		}
 	}
+}
+
+func (o *Outbox) pageLocked(pg page) payload.SyncManifest {
+	n := o.nodeLocked(pg.node)
+	prefix := topic.Root + "/" + pg.node + "/"
+	m := payload.SyncManifest{
+		Digest: payload.Digest{Epoch: o.cfg.Epoch, Count: n.sent.Count(), Sum: n.sent.Sum()},
+		After:  pg.after, Topics: map[string]digest.Hash{},
+	}
+	after := ""
+	if pg.after != "" {
+		after = prefix + pg.after
+	}
+	size := PageSize
+	if pg.max > 0 {
+		size = min(size, pg.max)
+	}
+	topics := n.sent.Topics(after, size+1)
+	bytes := 0
+	for i, t := range topics {
+		if bytes += len(t) + 40; i == size || i > 0 && bytes > pageBytes {
+			m.Next = topics[i-1][len(prefix):]
+			break
+		}
+		h, _ := n.sent.Get(t)
+		m.Topics[t[len(prefix):]] = h
+	}
+	return m
 }

@@ -28,7 +28,7 @@ func TestConverges(t *testing.T) {
 	if *seed != 0 {
 		seeds[0] = *seed
 	} else {
-		for s := range uint64(40) {
+		for s := range uint64(150) {
 			seeds = append(seeds, s+1)
 		}
 	}
@@ -49,50 +49,89 @@ func disturbed(t *testing.T, seed uint64, keep bool) {
 	w := newWorld(t, seed, keep)
 	defer w.close()
 	some := func() topic.Topic { return device(rng.IntN(60)) }
+	write := func() { w.write(some(), []string{"a", "a", "a", "a", "b"}[rng.IntN(5)], rng.IntN(1000)) }
+	truth, held := w.snapshot() // old copies
+	// The other one of two agents with one name, of either side.
+	type clone struct {
+		out         *repair.Outbox
+		in          *repair.Inbox
+		truth, held map[topic.Topic]string
+	}
+	var writer, receiver *clone
 	w.connect()
 	for range 300 {
 		switch n := rng.IntN(100); {
-		case n < 55:
-			w.put(some(), fmt.Sprint(rng.IntN(1000)))
-		case n < 70:
+		case n < 50:
+			write()
+		case n < 65:
 			w.put(some(), "")
-		case n < 75: // the link breaks; things change meanwhile
+		case n < 70: // the link breaks; things change meanwhile
 			w.hangUp()
 			for range rng.IntN(20) {
-				w.put(some(), fmt.Sprint(rng.IntN(1000)))
+				write()
 			}
 			w.connect()
-		case n < 80:
+		case n < 75:
 			f := faults{lose: rng.IntN(30), refuse: rng.IntN(10), duplicate: rng.IntN(30), reorder: rng.IntN(30)}
 			w.down.disturb(f)
 			w.back.disturb(f)
-		case n < 83: // the receiver's store fails for a while
+		case n < 77: // the receiver's store fails for a while
 			w.mu.Lock()
 			w.broken = !w.broken
 			w.mu.Unlock()
-		case n < 85: // the writer restarts, and takes for granted that all arrived
+		case n < 79: // the writer restarts, and takes for granted that all arrived
 			w.hangUp()
-			w.newOutbox()
-			w.mu.Lock()
-			for tp, p := range w.truth {
-				w.out.Assume(tp, []byte(p))
-			}
-			w.mu.Unlock()
+			truth, _ := w.snapshot()
+			w.restoreWriter(truth, true)
 			w.connect()
-		case n < 87: // the receiver restarts, with what it holds or with nothing
+		case n < 81: // the receiver restarts, with what it holds or with nothing
 			w.hangUp()
-			w.newInbox()
-			w.mu.Lock()
+			_, held := w.snapshot()
 			if rng.IntN(2) == 0 {
-				clear(w.held)
+				clear(held)
 			}
-			for tp, p := range w.held {
-				w.in.Put(tp, []byte(p))
-			}
-			w.mu.Unlock()
+			w.restoreReceiver(held)
 			w.connect()
-		case n < 88: // the receiver gets hold of something that is nobody's
+		case n < 82: // the receiver gets hold of something that is nobody's
 			w.store(device(1000+rng.IntN(10)), []byte("stray"))
+		case n < 83:
+			truth, held = w.snapshot()
+		case n < 85: // an old copy of the writer's memory is restored
+			w.hangUp()
+			w.restoreWriter(truth, rng.IntN(2) == 0)
+			w.connect()
+		case n < 86: // and of the receiver's
+			w.hangUp()
+			w.restoreReceiver(held)
+			w.connect()
+		case n < 88: // clocks are set
+			w.mu.Lock()
+			w.clock = time.Duration(rng.IntN(7200)-3600) * time.Second
+			w.mu.Unlock()
+		case n < 90: // a clone of the writer takes the connection over, or gives it back
+			w.hangUp()
+			now := &clone{out: w.out, truth: w.truth}
+			if writer == nil {
+				w.restoreWriter(truth, true)
+			} else {
+				w.mu.Lock()
+				w.out, w.truth = writer.out, writer.truth
+				w.mu.Unlock()
+			}
+			writer = now
+			w.connect()
+		case n < 92: // and of the receiver
+			w.hangUp()
+			now := &clone{in: w.in, held: w.held}
+			if receiver == nil {
+				w.restoreReceiver(held)
+			} else {
+				w.mu.Lock()
+				w.in, w.held = receiver.in, receiver.held
+				w.mu.Unlock()
+			}
+			receiver = now
+			w.connect()
 		default:
 			time.Sleep(time.Duration(rng.IntN(5000)) * time.Millisecond)
 		}
@@ -269,7 +308,7 @@ func TestPaging(t *testing.T) {
 			if keep {
 				maps.Copy(want, surplus)
 			}
-			if !maps.Equal(again, want) || pages != 4 || w.in.Repairs() != 1 {
+			if !maps.Equal(again, want) || pages != 12 || w.in.Repairs() != 1 {
 				t.Errorf("keep %v: %d topics for %d in %d pages and %d repairs", keep, len(again), len(want), pages, w.in.Repairs())
 			}
 			if !keep && len(w.absent) != len(surplus) {
@@ -465,8 +504,8 @@ func TestStoreFailsOnce(t *testing.T) {
 	})
 }
 
-// What a repair asked for is known until it comes.
-func TestWanted(t *testing.T) {
+// What a repair asked for comes, and what nobody has goes, on either side.
+func TestRepairsBothWays(t *testing.T) {
 	for _, keep := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, 1, keep)
@@ -478,7 +517,7 @@ func TestWanted(t *testing.T) {
 			w.held[b], w.held[c] = "2", "3"
 			w.in.Put(b, []byte("2"))
 			w.in.Put(c, []byte("3"))
-			if w.in.Wanted(a) || w.in.Has(a) || !w.in.Has(b) || w.in.Wanted("x") || w.in.Has("x") {
+			if w.in.Has(a) || !w.in.Has(b) || w.in.Has("x") {
 				t.Error("before a repair")
 			}
 			w.mu.Lock()
@@ -486,9 +525,6 @@ func TestWanted(t *testing.T) {
 			w.mu.Unlock()
 			w.connect()
 			time.Sleep(time.Second)
-			if !w.in.Wanted(a) || w.in.Wanted(b) || w.in.Wanted(c) { // c was cleared by now, one way or the other
-				t.Errorf("keep %v: wanted %v %v %v", keep, w.in.Wanted(a), w.in.Wanted(b), w.in.Wanted(c))
-			}
 			if w.in.Has(c) || len(w.absent) == 1 == keep {
 				t.Errorf("keep %v: absent %v", keep, w.absent)
 			}
@@ -496,7 +532,7 @@ func TestWanted(t *testing.T) {
 			w.failing = nil
 			w.mu.Unlock()
 			w.store(a, []byte("1"))
-			if w.in.Wanted(a) || !w.inSync() {
+			if !w.inSync() {
 				t.Error("after it came")
 			}
 			w.in.Reset()
@@ -518,7 +554,7 @@ func TestNewConnectionBeginsAnew(t *testing.T) {
 		w.down.losing(func(m client.Message) bool { return m.Topic == device(1) })
 		w.connect()
 		time.Sleep(time.Second)
-		if !w.in.Wanted(device(1)) {
+		if n := count(w.back.take()); n[topic.KindSyncDesiredRequest] != 2 {
 			t.Fatal("not wanted")
 		}
 		w.down.losing(nil)
@@ -526,7 +562,7 @@ func TestNewConnectionBeginsAnew(t *testing.T) {
 		w.put(device(1), "") // the sets are equal by now
 		w.back.take()
 		w.connect()
-		if w.quiet(); len(w.back.take()) > 0 || w.in.Wanted(device(1)) || !w.inSync() {
+		if w.quiet(); len(w.back.take()) > 0 || !w.inSync() {
 			t.Error("a repair of the connection before went on")
 		}
 	})
@@ -540,7 +576,7 @@ func TestWriterComesBack(t *testing.T) {
 		defer w.close()
 		w.truth[device(1)] = "x"
 		w.out.Assume(device(1), []byte("x"))
-		d := payload.Digest{Epoch: "e", Count: 1, Sum: digest.Of(string(device(1)), []byte("x"))}
+		d := payload.Digest{Epoch: w.epoch, Count: 1, Sum: digest.Of(string(device(1)), []byte("x"))}
 		// The broker is there, the writer is not.
 		w.back.losing(func(client.Message) bool { return true })
 		defer w.listen()()
@@ -620,7 +656,7 @@ func TestRequest(t *testing.T) {
 			}
 		}
 		sum := digest.Of(string(device(1)), []byte("x")).String()
-		d := `{"digest":{"epoch":"e","count":1,"sum":"` + sum + `"}`
+		d := `{"digest":{"epoch":"` + w.epoch + `","count":1,"sum":"` + sum + `"}`
 		if want := []string{
 			`fl/plant-7/sync/desired/manifest=3 ` + d + `,"topics":{"desired/device/default/pump-00001":"` + sum + `"}}`,
 			`fl/plant-7/sync/desired/manifest=4 ` + d + `,"after":"desired/device/default/pump-00001","topics":{}}`,

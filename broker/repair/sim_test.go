@@ -2,6 +2,7 @@ package repair_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -46,16 +47,36 @@ type wire struct {
 	up     bool
 	faults faults
 	last   time.Time
-	seq    int
 	queue  []parcel
 	wake   chan struct{}
 	sent   []client.Message
 	drop   func(client.Message) bool // which to lose, beside the faults
+	budget *budget                   // nil is no bound
+}
+
+// budget is what a proxy lets through both ways before it cuts the connection.
+type budget struct {
+	mu   sync.Mutex
+	left int
+	cut  chan struct{} // closed when it is spent
+}
+
+func newBudget(bytes int) *budget { return &budget{left: bytes, cut: make(chan struct{})} }
+
+func (b *budget) take(n int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.left < 0 {
+		return false
+	}
+	if b.left -= n; b.left < 0 {
+		close(b.cut)
+	}
+	return b.left >= 0
 }
 
 type parcel struct {
 	at  time.Time
-	seq int
 	m   client.Message
 	ack chan error
 	err error // refused
@@ -79,6 +100,12 @@ func (w *wire) Send(_ context.Context, m client.Message) (<-chan error, error) {
 	if !w.up {
 		return nil, client.ErrOffline
 	}
+	// A packet has some 20 bytes beside topic and payload, and an answer of 4.
+	if w.budget != nil && !w.budget.take(len(m.Topic)+len(m.Payload)+24) {
+		w.up = false // what is under way, and the answers to it, are lost
+		w.dropLocked()
+		return nil, client.ErrOffline
+	}
 	w.sent = append(w.sent, m)
 	p := parcel{m: m, ack: make(chan error, 1)}
 	if w.chance(w.faults.refuse) {
@@ -98,8 +125,6 @@ func (w *wire) Send(_ context.Context, m client.Message) (<-chan error, error) {
 func (w *wire) chance(percent int) bool { return w.rng.IntN(100) < percent }
 
 func (w *wire) enqueue(p parcel) {
-	w.seq++
-	p.seq = w.seq
 	p.at = time.Now().Add(latency)
 	if w.chance(w.faults.reorder) {
 		p.at = p.at.Add(time.Duration(w.rng.IntN(3000)) * time.Millisecond)
@@ -109,13 +134,11 @@ func (w *wire) enqueue(p parcel) {
 		}
 		w.last = p.at
 	}
-	w.queue = append(w.queue, p)
-	slices.SortFunc(w.queue, func(a, b parcel) int {
-		if c := a.at.Compare(b.at); c != 0 {
-			return c
-		}
-		return a.seq - b.seq
-	})
+	i := len(w.queue)
+	for i > 0 && w.queue[i-1].at.After(p.at) {
+		i--
+	}
+	w.queue = slices.Insert(w.queue, i, p)
 	select {
 	case w.wake <- struct{}{}:
 	default:
@@ -157,11 +180,15 @@ func (w *wire) set(up bool) {
 	defer w.mu.Unlock()
 	w.up = up
 	if !up {
-		for _, p := range w.queue {
-			p.ack <- client.ErrLost
-		}
-		w.queue = nil
+		w.dropLocked()
 	}
+}
+
+func (w *wire) dropLocked() {
+	for _, p := range w.queue {
+		p.ack <- client.ErrLost
+	}
+	w.queue = nil
 }
 
 func (w *wire) disturb(f faults) {
@@ -201,7 +228,9 @@ type world struct {
 	mu      sync.Mutex
 	truth   map[topic.Topic]string
 	held    map[topic.Topic]string
-	broken  bool // the receiver's store
+	epoch   string
+	clock   time.Duration // how far the writer's clock is off
+	broken  bool          // the receiver's store
 	failing func(topic.Topic) bool
 	absent  []topic.Topic
 
@@ -225,8 +254,9 @@ func (w *world) close() {
 }
 
 func (w *world) newOutbox() {
+	epoch := repair.NewEpoch()
 	out := repair.NewOutbox(repair.OutboxConfig{
-		Direction: topic.Desired, Epoch: "e", Logger: slog.New(slog.DiscardHandler),
+		Direction: topic.Desired, Epoch: epoch, Logger: slog.New(slog.DiscardHandler),
 		Get: func(t topic.Topic) ([]byte, bool) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -237,7 +267,7 @@ func (w *world) newOutbox() {
 	out.AddNode(plant)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.out = out
+	w.out, w.epoch = out, epoch
 }
 
 // ends gives both sides to the wires' goroutines.
@@ -250,11 +280,13 @@ func (w *world) ends() (*repair.Outbox, *repair.Inbox) {
 func (w *world) newInbox() {
 	c := repair.InboxConfig{Direction: topic.Desired, Logger: slog.New(slog.DiscardHandler)}
 	if !w.keep {
-		c.Absent = func(t topic.Topic) {
+		c.Absent = func(ts []topic.Topic) {
 			w.mu.Lock()
-			w.absent = append(w.absent, t)
+			w.absent = append(w.absent, ts...)
 			w.mu.Unlock()
-			w.store(t, nil)
+			for _, t := range ts {
+				w.store(t, nil)
+			}
 		}
 	}
 	in := repair.NewInbox(c)
@@ -287,6 +319,12 @@ func (w *world) receive(m client.Message) {
 	default:
 		if !m.Retain || m.QoS != 1 {
 			w.t.Errorf("%s: retain %v, QoS %d", m.Topic, m.Retain, m.QoS)
+		}
+		w.mu.Lock()
+		held, ok := w.held[m.Topic]
+		w.mu.Unlock()
+		if ok && !in.Accepts(m.Topic, []byte(held), m.Payload) {
+			return
 		}
 		w.store(m.Topic, m.Payload)
 	}
@@ -361,6 +399,51 @@ func (w *world) put(t topic.Topic, p string) {
 	}
 	w.mu.Unlock()
 	w.out.Touch(t)
+}
+
+// write gives a topic another value, under the rev that follows.
+func (w *world) write(t topic.Topic, uid string, v int) {
+	w.mu.Lock()
+	var was struct {
+		Rev int64 `json:"rev"`
+	}
+	_ = json.Unmarshal([]byte(w.truth[t]), &was) // nothing is rev 0
+	rev := payload.NextRev(was.Rev, time.Now().Add(w.clock))
+	w.mu.Unlock()
+	w.put(t, fmt.Sprintf(`{"uid":%q,"rev":%d,"v":%d}`, uid, rev, v))
+}
+
+// restoreWriter begins a writer anew with what it had at some time. assume: it
+// reads that from its broker, which was restored as well; otherwise its broker
+// is empty.
+func (w *world) restoreWriter(truth map[topic.Topic]string, assume bool) {
+	w.mu.Lock()
+	w.truth = maps.Clone(truth)
+	w.mu.Unlock()
+	w.newOutbox()
+	for tp, p := range truth {
+		if assume {
+			w.out.Assume(tp, []byte(p))
+		}
+		w.out.Touch(tp)
+	}
+}
+
+// restoreReceiver begins a receiver anew with what it held at some time.
+func (w *world) restoreReceiver(held map[topic.Topic]string) {
+	w.newInbox()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.held = maps.Clone(held)
+	for tp, p := range w.held {
+		w.in.Put(tp, []byte(p))
+	}
+}
+
+func (w *world) snapshot() (truth, held map[topic.Topic]string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.truth), maps.Clone(w.held)
 }
 
 // equal tells whether the receiver holds just the truth.

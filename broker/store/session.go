@@ -33,6 +33,8 @@ type Session struct {
 	Left int64 `json:"left,omitempty"`
 	// Next is a number that the next message may have, as far as known.
 	Next uint64 `json:"next"`
+	// Sent is the newest number that went out, as far as known.
+	Sent uint64 `json:"sent,omitempty"`
 	// Replays are subscriptions whose retained messages are not all queued yet.
 	Replays []Replay `json:"replays,omitempty"`
 }

@@ -1,4 +1,4 @@
-// Package store keeps a broker's retained messages and Wills in Pebble.
+// Package store keeps a broker's retained messages, sessions and Wills in Pebble.
 //
 //	s, aside, err := store.Open(dir, store.Options{Logger: log})
 //	b := s.NewBatch()
@@ -24,17 +24,19 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/sstable"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
 // format is the version of the keys and values below. A store with a larger
 // one was written by a newer Fairlead and is refused.
-const format = 1
+const format = 2
 
 // Key spaces: one byte, then the name.
 const (
@@ -110,7 +112,9 @@ type Will struct {
 	Retain   bool   `json:"retain"`
 	// Expiry is the interval in seconds after which the published Will dies; 0 is never.
 	Expiry uint32 `json:"expiry,omitempty"`
-	Props  Props  `json:"props,omitzero"`
+	// Delay is how many seconds the Will waits for its client to come back.
+	Delay uint32 `json:"delay,omitempty"`
+	Props Props  `json:"props,omitzero"`
 }
 
 // Store is an open store. Its methods may be called from any goroutine.
@@ -125,10 +129,18 @@ type Store struct {
 	checked atomic.Int64  // UnixNano of the last look at the free space
 	written atomic.Int64  // bytes since then
 	full    atomic.Bool
+	stats   atomic.Pointer[Stats] // as last read
 	trouble atomic.Pointer[error] // of the last flush or compaction, which is tried again
 	usage   atomic.Uint64         // as last read
 	closed  atomic.Bool
 	opts    Options
+
+	tables        sstable.WriterOptions // of a checkpoint
+	checkpointing sync.Mutex
+	unsynced      atomic.Bool   // something was committed without sync since the last sync
+	put           atomic.Uint64 // bytes that were asked to be stored
+	backing       sync.Mutex    // held by the one backup at a time
+	life          sync.RWMutex  // Close takes it, so that nobody else looks at a closed Pebble
 }
 
 // Open opens or creates the store in dir. One that Pebble finds corrupt is not
@@ -202,6 +214,9 @@ func open(dir string, o Options) (*Store, error) {
 		}
 	}
 	s.fs = fs
+	if err := fs.RemoveAll(dir + backupSuffix); err != nil { // of a backup that a kill ended
+		return nil, fmt.Errorf("store %s: %w", dir, err)
+	}
 	if err := s.checkClean(); err != nil {
 		return nil, err
 	}
@@ -223,6 +238,7 @@ func open(dir string, o Options) (*Store, error) {
 		MaxOpenFiles:                64,
 		DisableTableStats:           true,
 		FormatMajorVersion:          pebble.FormatNewest,
+		MaxManifestFileSize:         1 << 20, // 128 MiB would be most of a small store
 		Logger:                      &logger{s},
 		EventListener: &pebble.EventListener{
 			BackgroundError: func(err error) { s.trouble.Store(&err) },
@@ -237,23 +253,29 @@ func open(dir string, o Options) (*Store, error) {
 			},
 		},
 	}
+	po.EnsureDefaults()
 	var db *pebble.DB
 	err := s.guard(func() (err error) {
 		db, err = pebble.Open(dir, po)
 		return err
 	})
 	if err != nil {
-		if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) && fileExists(filepath.Join(dir, "LOCK")) ||
-			strings.Contains(err.Error(), "lock held by current process") {
+		if locked(dir, err) {
 			return nil, fmt.Errorf("store %s: %w: another process has it open; stop that one or choose another data folder", dir, ErrInUse)
 		}
 		return nil, fmt.Errorf("store %s: %w", dir, err)
 	}
-	s.db = db
+	s.db, s.tables = db, po.MakeWriterOptions(0, db.TableFormat())
 	if err := s.guard(s.checkFormat); err != nil {
 		return nil, errors.Join(err, s.guard(db.Close))
 	}
 	return s, nil
+}
+
+// locked tells whether opening the store failed because somebody has it open.
+func locked(dir string, err error) bool {
+	return errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) && fileExists(filepath.Join(dir, "LOCK")) ||
+		strings.Contains(err.Error(), "lock held by current process")
 }
 
 // cleanFile is left when the store was closed, and sums up its files. Pebble
@@ -261,31 +283,41 @@ func open(dir string, o Options) (*Store, error) {
 // goes on without it; after a clean end, that shows here.
 const cleanFile = "CLEAN"
 
-// checkClean compares the store with its mark of a clean end, if there is one.
+// checkClean compares the store with its mark of a clean end, if there is one,
+// and takes the mark away: gone for good before Pebble changes anything.
 func (s *Store) checkClean() error {
-	f, err := s.fs.Open(filepath.Join(s.dir, cleanFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+	marked, err := s.compareClean()
+	if err != nil || !marked {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("store %s: %w", s.dir, err)
-	}
-	mark, err := io.ReadAll(f)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("store %s: %w", s.dir, err)
-	}
-	sum, err := s.sum()
-	if err != nil {
-		return fmt.Errorf("store %s: %w", s.dir, err)
-	}
-	if !bytes.Equal(mark, sum) {
-		return fmt.Errorf("store %s: %w: its files are not those of its last clean end", s.dir, errCorrupt)
-	}
-	// Gone for good before Pebble changes anything.
 	if err := errors.Join(s.fs.Remove(filepath.Join(s.dir, cleanFile)), s.syncDir()); err != nil {
 		return fmt.Errorf("store %s: %w", s.dir, err)
 	}
 	return nil
+}
+
+// compareClean compares the store with its mark of a clean end and tells
+// whether there is one.
+func (s *Store) compareClean() (marked bool, err error) {
+	f, err := s.fs.Open(filepath.Join(s.dir, cleanFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	mark, err := io.ReadAll(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return false, fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	sum, err := s.sum()
+	if err != nil {
+		return false, fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	if !bytes.Equal(mark, sum) {
+		return false, fmt.Errorf("store %s: %w: its files are not those of its last clean end", s.dir, errCorrupt)
+	}
+	return true, nil
 }
 
 // markClean leaves the mark of a clean end in a closed store.
@@ -383,6 +415,11 @@ func (s *Store) checkFormat() error {
 	if got > format {
 		return fmt.Errorf("store %s: %w: it has format %d, this program knows up to %d; install the newer version again", s.dir, ErrNewer, got, format)
 	}
+	if got < format { // format 1 had no sessions; all its records are as they are now
+		if err := s.db.Set([]byte(keyFormat), binary.AppendUvarint(nil, format), pebble.Sync); err != nil {
+			return fmt.Errorf("store %s: write format: %w", s.dir, err)
+		}
+	}
 	return nil
 }
 
@@ -393,6 +430,8 @@ func (s *Store) Close() error {
 	if e := s.failed.Load(); e != nil {
 		return nil // Pebble's locks are as the failure left them; the next start recovers
 	}
+	s.life.Lock()
+	defer s.life.Unlock()
 	if err := s.guard(s.db.Close); err != nil {
 		return fmt.Errorf("store %s: close: %w", s.dir, err)
 	}
@@ -447,6 +486,8 @@ func (s *Store) Err() error {
 // DiskUsage is the size of the store in bytes; of a store that failed or is
 // closed, what it was before.
 func (s *Store) DiskUsage() uint64 {
+	s.life.RLock()
+	defer s.life.RUnlock()
 	if s.failed.Load() == nil && !s.closed.Load() {
 		s.usage.Store(s.db.Metrics().DiskSpaceUsage())
 	}
@@ -539,11 +580,15 @@ func (b *Batch) Commit(sync bool) error {
 		return err
 	}
 	b.s.written.Add(int64(b.b.Len()))
+	b.s.put.Add(uint64(b.b.Len()))
 	o := pebble.NoSync
 	if sync {
 		o = pebble.Sync
 	}
 	err := b.s.guard(func() error { return errors.Join(b.b.Commit(o), b.b.Close()) })
+	if !sync {
+		b.s.unsynced.Store(true)
+	}
 	if err != nil && !errors.Is(err, ErrFailed) {
 		return fmt.Errorf("store %s: commit: %w", b.s.dir, err)
 	}

@@ -74,7 +74,7 @@ func closed(t *testing.T, s *store.Store) {
 	}
 }
 
-func put(t *testing.T, s *store.Store, rs ...store.Retained) {
+func put(t testing.TB, s *store.Store, rs ...store.Retained) {
 	t.Helper()
 	b := s.NewBatch()
 	for _, r := range rs {
@@ -341,9 +341,9 @@ func TestNewer(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := open(t, dir, store.Options{})
 	closed(t, s)
-	setFormat(t, dir, []byte{2})
+	setFormat(t, dir, []byte{store.Format + 1})
 	_, _, err := store.Open(dir, store.Options{})
-	if !errors.Is(err, store.ErrNewer) || !strings.Contains(err.Error(), "format 2") {
+	if !errors.Is(err, store.ErrNewer) || !strings.Contains(err.Error(), fmt.Sprint("format ", store.Format+1)) {
 		t.Errorf("got %v", err)
 	}
 	if left, _ := filepath.Glob(dir + ".broken-*"); len(left) != 0 {
