@@ -77,10 +77,10 @@ func TestConformBadFilters(t *testing.T) {
 	_, addr := open(t, t.TempDir())
 	both(t, func(t *testing.T, v byte) {
 		for _, f := range []string{"", "a#", "#/a", "a/#/b", "##", "+a", "a+", "a/b+/c", "++", "$share/g", "$share//a", "$share/g/", "$share/g+/a", "$share/g#/a"} {
+			if v == 4 && strings.HasPrefix(f, "$share") {
+				continue // an ordinary filter in MQTT 3.1.1
+			}
 			t.Run(f, func(t *testing.T) {
-				if v == 4 && strings.HasPrefix(f, "$share") {
-					t.Skip("an ordinary filter in MQTT 3.1.1")
-				}
 				p := join(t, addr, v, "c")
 				want := []byte{1, 0x8f, 0}
 				if v == 4 {

@@ -185,7 +185,7 @@ func (c *conn) write() {
 			}
 			continue
 		}
-		if len(buf) == 0 && c.session.wantsReplay() {
+		if c.session.wantsReplay() {
 			c.b.replayLater(c.session)
 		}
 		c.mu.Lock()

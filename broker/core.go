@@ -548,7 +548,12 @@ func (b *Broker) trim(s *session) {
 func (b *Broker) tidyLater(s *session) { b.inbox.put(false, b.tidyOp(s)) }
 
 func (b *Broker) tidyOp(s *session) op {
-	return op{fn: func(t *tx, _ *result) { s.tidy(t.sb) }}
+	return op{fn: func(t *tx, r *result) {
+		if !s.ended {
+			t.undoing(s.tidy(t.sb))
+			r.stored = true
+		}
+	}}
 }
 
 // intercept asks the interceptors about the messages of one op. When one is

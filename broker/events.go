@@ -366,8 +366,7 @@ func (e *events) once(m *Message, p topic.Parsed) (drop bool, err error) {
 		}
 	}
 	if !known {
-		mark, known = e.newest(p.Node)
-		known = known && from != 1 // a log that begins anew is no gap
+		mark, known = e.newest(p.Node) // a run goes on where the one before ended, or a new log with 1
 	}
 	if known && from > mark.Seq+1 {
 		e.missing += float64(from - mark.Seq - 1)

@@ -335,6 +335,12 @@ func TestEventAge(t *testing.T) {
 	if got := show(events(t, b)); got != "gap 5-5, 6 f, 7 g" {
 		t.Errorf("log: %s", got)
 	}
+	at(time.Unix(200, 0)) // a clock that is lost in between keeps what follows, too
+	emit(t, b, "h")
+	at(now.Add(4*time.Hour + time.Minute))
+	emit(t, b, "i")
+	at(now.Add(9 * time.Hour))
+	tick("gap 5-7, 8 h, 9 i")
 }
 
 // A power cut at any moment: what was acknowledged is in the log or was taken,
@@ -700,5 +706,76 @@ func TestEventMarksCrash(t *testing.T) {
 		if got != seq {
 			t.Fatalf("event %d was acknowledged, the mark is %d", seq, got)
 		}
+	}
+}
+
+// A power cut of the cloud's host in the middle of a replay: the node sends
+// again what was not acknowledged, and a persistent session has every event once
+// and in order.
+func TestEventsOnceCrash(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 1))
+	persistent := func(pk *packets.Packet) {
+		pk.Connect.Clean = false
+		pk.Properties.SessionExpiryInterval, pk.Properties.SessionExpiryIntervalFlag = 3600, true
+	}
+	const total, window = 300, 64
+	repeated := 0
+	for round := range 20 {
+		fs := vfs.NewCrashableMem()
+		onDisk := func(fs vfs.FS) (*broker.Broker, string, *prometheus.Registry) {
+			reg := prometheus.NewRegistry()
+			b, addr := open(t, "/store", nodes, func(o *broker.Options) { o.Store.FS, o.Metrics = fs, reg })
+			return b, addr, reg
+		}
+		b, addr, _ := onDisk(fs)
+		sub, _ := connect(t, addr, 5, "sub", persistent)
+		sub.subscribe(packets.Subscription{Filter: "fl/+/event/#", Qos: 1})
+		sub.bye(0)
+		sub.closed()
+		// replay sends the events behind the one that was acknowledged last, up to
+		// the given number of answers.
+		replay := func(addr string, acked, until int) int {
+			n, _ := connect(t, addr, 5, "n", user("node:plant-7"))
+			first := acked + 1
+			for sent := acked; acked < until; {
+				for ; sent < total && sent < acked+window; sent++ {
+					n.send(numbered(alarm, strconv.Itoa(sent+1), "a", uint64(sent+1), sent+1 == first))
+				}
+				if ack := n.expect(packets.Puback); ack.ReasonCode != 0 || int(ack.PacketID) != acked+2 {
+					t.Fatalf("round %d: answer %+v after %d", round, ack, acked)
+				}
+				acked++
+			}
+			return acked
+		}
+		acked := replay(addr, 0, rng.IntN(total-window))
+		clone := fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: rng.IntN(3) * 50, RNG: rng})
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+		b, addr, reg := onDisk(clone)
+		replay(addr, acked, total)
+		repeated += counter(t, reg, "fairlead_broker_events_duplicate_total")
+		if missing := counter(t, reg, "fairlead_broker_events_missing_total"); missing != 0 {
+			t.Errorf("round %d: %d are missing", round, missing)
+		}
+		sub, ack := connect(t, addr, 5, "sub", persistent)
+		if !ack.SessionPresent {
+			t.Fatalf("round %d: the session is gone", round)
+		}
+		for i := range total {
+			if m := sub.next(); string(m.Payload) != strconv.Itoa(i+1) {
+				t.Fatalf("round %d, acknowledged %d: want event %d, got %s", round, acked, i+1, m.Payload)
+			}
+		}
+		sub.nothing()
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if repeated == 0 {
+		t.Error("in no round was an event taken whose acknowledgement was lost: this test tests nothing")
 	}
 }

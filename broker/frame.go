@@ -32,9 +32,8 @@ var errLength = errors.New("the packet's length takes more than four bytes")
 // buffered, and a client that does not send its CONNECT in time is cut off.
 type frameConn struct {
 	net.Conn
-	client   *conn // whose connection it is
-	limit    uint32
-	onRefuse func(error)
+	client *conn // whose connection it is
+	limit  uint32
 
 	wmu    sync.Mutex  // one write at a time: a WebSocket takes no two
 	ending atomic.Bool // the deadline is the last one
@@ -43,6 +42,10 @@ type frameConn struct {
 	body     []byte // of the CONNECT, until it was looked at
 	v5       bool
 	deadline time.Time // as set last
+
+	ahead    *[16 << 10]byte // what was read and not taken is from:to
+	from, to int
+	more     bool // there was more than the buffer took
 
 	// The state of the packet in progress.
 	inHeader bool
@@ -56,9 +59,9 @@ type frameConn struct {
 
 // newFrameConn bounds the time until the CONNECT is complete: mochi sets the
 // keepalive's deadline only then.
-func newFrameConn(c net.Conn, limit uint32, connect time.Duration, onRefuse func(error)) *frameConn {
+func newFrameConn(client *conn, c net.Conn, limit uint32, connect time.Duration) *frameConn {
 	_ = c.SetDeadline(time.Now().Add(connect))
-	return &frameConn{Conn: c, limit: limit, onRefuse: onRefuse, first: true, inHeader: true}
+	return &frameConn{Conn: c, client: client, limit: limit, first: true, inHeader: true}
 }
 
 // SetDeadline implements net.Conn. mochi sets one for each packet; a second
@@ -93,13 +96,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 	if c.failed != nil {
 		return 0, c.refuse()
 	}
-	if c.client != nil {
-		c.client.flush()
-	}
-	n, err := c.Conn.Read(p)
-	if c.client != nil {
-		c.client.b.stats.bytesReceived.Add(uint64(n))
-	}
+	n, err := c.next(p)
 	good, ferr := c.follow(p[:n])
 	if ferr == nil {
 		return n, err
@@ -111,6 +108,39 @@ func (c *frameConn) Read(p []byte) (int, error) {
 	return 0, c.refuse()
 }
 
+// aheads are what busy connections read into, so that idle ones need no buffer.
+var aheads = sync.Pool{New: func() any { return new([16 << 10]byte) }}
+
+// next reads what has come. Where it fills the caller's small buffer there is
+// most likely more, which is then read in one go.
+func (c *frameConn) next(p []byte) (n int, err error) {
+	if c.ahead == nil {
+		c.client.flush()
+		if !c.more || len(p) == 0 {
+			n, err = c.Conn.Read(p)
+			c.client.b.stats.bytesReceived.Add(uint64(n))
+			c.more = n == len(p)
+			return n, err
+		}
+		buf := aheads.Get().(*[16 << 10]byte)
+		n, err = c.Conn.Read(buf[:])
+		c.client.b.stats.bytesReceived.Add(uint64(n))
+		c.more = n == len(buf)
+		if n == 0 {
+			aheads.Put(buf)
+			return 0, err
+		} // an error beside it comes again
+		c.ahead, c.from, c.to = buf, 0, n
+	}
+	n = copy(p, c.ahead[c.from:c.to])
+	c.from += n
+	if c.from == c.to {
+		aheads.Put(c.ahead)
+		c.ahead = nil
+	}
+	return n, nil
+}
+
 func (c *frameConn) refuse() error {
 	if !c.refused {
 		c.refused = true
@@ -118,7 +148,9 @@ func (c *frameConn) refuse() error {
 			c.end() // frees a writer whose client does not read
 			_, _ = c.Write(disconnect(c.failed))
 		}
-		c.onRefuse(c.failed)
+		b, remote := c.client.b, c.RemoteAddr().String()
+		b.metrics.refused.WithLabelValues("packet_size").Inc()
+		b.denied.log(b.log, "packet refused", remote, "remote", remote, "listener", c.client.listener, "error", c.failed)
 	}
 	return c.failed
 }

@@ -25,7 +25,7 @@ func (b *Broker) load() ([]store.Will, error) {
 	if err != nil {
 		return nil, err
 	}
-	sessions, err := b.store.Sessions()
+	sessions, err := b.store.Sessions(maxWindow)
 	if err != nil {
 		return nil, err
 	}
@@ -66,8 +66,8 @@ func (b *Broker) restore(r *store.Stored, now time.Time) {
 		}
 	} else {
 		// The broker was killed while the client was connected: what was in
-		// flight is not known.
-		s.mu.redo = min(r.Messages, maxWindow)
+		// flight is not known, but not more than a window.
+		r.Sent = max(r.Sent, r.Window)
 	}
 	s.next = max(r.Next, r.Last+1)
 	for _, n := range r.Released {
@@ -147,11 +147,13 @@ func (b *Broker) attach(t *tx, r *result, c *conn, clean bool, a *attached) {
 			s.detach(c)
 			s.left, s.expiry, s.will = left, expiry, will
 		})
-		s.will = nil // it came back in time [MQTT-3.1.3-9]
+		if s.will != nil { // it came back in time [MQTT-3.1.3-9]
+			s.will, b.wills[id] = nil, nil
+		}
 	}
 	s.left, s.expiry, s.told = time.Time{}, c.expiry, false
 	if s.stored {
-		s.tidy(t.sb)
+		t.undoing(s.tidy(t.sb))
 		if err := t.sb.PutSession(s.record()); err != nil {
 			r.err = err
 			return
@@ -161,8 +163,6 @@ func (b *Broker) attach(t *tx, r *result, c *conn, clean bool, a *attached) {
 	if c.will != nil {
 		b.wills[id] = c.will
 		t.sync = true
-	} else if a.present {
-		b.wills[id] = nil
 	}
 	c.session = s
 	var dropped int
@@ -209,8 +209,7 @@ func (b *Broker) detach(t *tx, r *result, c *conn) {
 		b.end(t, r, s)
 		return
 	}
-	s.tidy(t.sb)
-	// Unsynced: what a power cut takes counts as a connection that just ended.
+	t.sync = true // what was sent is known from here on, and what is new is no duplicate
 	if err := t.sb.PutSession(s.record()); err != nil {
 		b.log.Error("session not stored", "client", s.id, "error", err)
 	}

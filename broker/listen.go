@@ -221,22 +221,32 @@ func (b *Broker) serve(l net.Listener, lis listener, prepare func(context.Contex
 			go func() {
 				defer b.wg.Done()
 				defer func() { <-slots }()
-				b.stats.socketsReceived.Add(1)
-				if prepare != nil {
-					t, err := prepare(ctx, c)
-					if err != nil {
-						_ = c.Close()
-						b.metrics.refused.WithLabelValues("tls").Inc()
-						b.denied.log(b.log, "tls handshake failed", id, "remote", c.RemoteAddr().String(), "listener", id, "error", err)
-						return
-					}
-					c = t
+				if c = b.prepared(ctx, c, lis, prepare); c == nil {
+					return
 				}
 				b.handle(c, lis)
 			}()
 		}
 	}()
 	return nil
+}
+
+// prepared runs prepare, off the stack on which the client is waited for.
+//
+//go:noinline
+func (b *Broker) prepared(ctx context.Context, c net.Conn, lis listener, prepare func(context.Context, net.Conn) (net.Conn, error)) net.Conn {
+	b.stats.socketsReceived.Add(1)
+	if prepare == nil {
+		return c
+	}
+	t, err := prepare(ctx, c)
+	if err != nil {
+		_ = c.Close()
+		b.metrics.refused.WithLabelValues("tls").Inc()
+		b.denied.log(b.log, "tls handshake failed", lis.id, "remote", c.RemoteAddr().String(), "listener", lis.id, "error", err)
+		return nil
+	}
+	return t
 }
 
 // Pipe connects a client inside this process: what the client says of itself

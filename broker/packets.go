@@ -2,11 +2,11 @@ package broker
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"runtime/debug"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
@@ -16,11 +16,12 @@ import (
 	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
-// readBuffer is how much of a client's bytes is read at a time.
-const readBuffer = 2048
+// readBuffer is mochi's buffer of a client's bytes. Every client has one, so it
+// is small; frameConn reads more at a time where there is more.
+const readBuffer = 256
 
-// maxKeepAlive is the longest keepalive of which mochi can compute one and a
-// half: it does so in 16 bits.
+// maxKeepAlive is the longest keepalive that clients get, in seconds: half a day,
+// of which one and a half still fits its 16 bits.
 const maxKeepAlive = 43690
 
 // maxPending is how many ops a client's packets make before the core gets them,
@@ -30,14 +31,21 @@ const maxPending = 64
 // errBye ends the reading after a DISCONNECT.
 var errBye = errors.New("client disconnected")
 
-// handle runs one connection to its end.
+// handle runs one connection to its end. What is below it on the stack while it
+// waits for the client is kept small: 5,000 idle clients have 5,000 of it.
 func (b *Broker) handle(nc net.Conn, l listener) {
+	c := b.newConn(nc, l)
+	if c == nil {
+		return
+	}
+	defer b.forget(c)
+	c.serve()
+}
+
+//go:noinline
+func (b *Broker) newConn(nc net.Conn, l listener) *conn {
 	c := &conn{b: b, listener: l.id, refuse: l.refuse, done: make(chan struct{})}
-	c.fc = newFrameConn(nc, b.opts.MaxPacket, b.opts.ConnectDeadline, func(err error) {
-		b.metrics.refused.WithLabelValues("packet_size").Inc()
-		b.denied.log(b.log, "packet refused", nc.RemoteAddr().String(), "remote", nc.RemoteAddr().String(), "listener", l.id, "error", err)
-	})
-	c.fc.client = c
+	c.fc = newFrameConn(c, nc, b.opts.MaxPacket, b.opts.ConnectDeadline)
 	b.mu.Lock()
 	closed := b.mu.closed
 	if !closed {
@@ -46,33 +54,42 @@ func (b *Broker) handle(nc net.Conn, l listener) {
 	b.mu.Unlock()
 	if closed {
 		_ = nc.Close()
-		return
+		return nil
 	}
-	defer b.forget(c)
-	err := c.serve()
-	if c.up.Load() {
-		b.log.Debug("client gone", "client", c.cl.ID, "remote", c.cl.Net.Remote, "reason", err)
+	c.cl = b.mqtt.NewClient(c.fc, c.listener, "", false)
+	return c
+}
+
+// serve reads until the connection ends.
+func (c *conn) serve() {
+	defer c.recovered()
+	err := c.connect()
+	if err == nil {
+		err = c.read()
+	}
+	c.ended(err)
+}
+
+// recovered is for mochi's decoders, which panic on some malformed packets, such
+// as a SUBSCRIBE that ends after a filter: one client's bytes must not end the
+// broker.
+func (c *conn) recovered() {
+	if r := recover(); r != nil {
+		c.b.metrics.refused.WithLabelValues("malformed").Inc()
+		c.b.denied.log(c.b.log, "malformed packet", c.fc.RemoteAddr().String(), "remote", c.fc.RemoteAddr().String(), "listener", c.listener, "panic", r, "stack", string(debug.Stack()))
+		c.b.hangUp(c, packets.ErrMalformedPacket)
 	}
 }
 
-// serve reads until the connection ends. mochi's decoders panic on some
-// malformed packets, such as a SUBSCRIBE that ends after a filter: one client's
-// bytes must not end the broker.
-func (c *conn) serve() (err error) {
-	b := c.b
-	defer func() {
-		if r := recover(); r != nil {
-			b.metrics.refused.WithLabelValues("malformed").Inc()
-			b.denied.log(b.log, "malformed packet", c.fc.RemoteAddr().String(), "remote", c.fc.RemoteAddr().String(), "listener", c.listener, "panic", r, "stack", string(debug.Stack()))
-			err = fmt.Errorf("malformed packet: %v", r)
-			b.hangUp(c, packets.ErrMalformedPacket)
-		}
-	}()
-	c.cl = b.mqtt.NewClient(c.fc, c.listener, "", false)
-	if err := c.connect(); err != nil {
-		return err
+// ended tells the client why its connection ends, where that is the broker's
+// doing.
+//
+//go:noinline
+func (c *conn) ended(err error) {
+	if !c.up.Load() {
+		return // CONNACK has told it
 	}
-	err = c.cl.Read(c.receive)
+	b := c.b
 	var code packets.Code
 	switch {
 	case err == nil, errors.Is(err, errBye), errors.Is(err, io.EOF), c.fc.refused:
@@ -89,7 +106,35 @@ func (c *conn) serve() (err error) {
 		b.metrics.refused.WithLabelValues("malformed").Inc()
 		b.hangUp(c, packets.ErrMalformedPacket)
 	}
-	return err
+	b.log.Debug("client gone", "client", c.cl.ID, "remote", c.cl.Net.Remote, "reason", err)
+}
+
+// read takes packets until the connection ends. While it waits, its stack is
+// small: a packet as mochi decodes it has a kilobyte, in several copies.
+func (c *conn) read() error {
+	for {
+		if k := c.cl.State.Keepalive; k > 0 { // [MQTT-3.1.2-22]
+			_ = c.fc.SetDeadline(time.Now().Add(time.Duration(k) * time.Second * 3 / 2))
+		} else {
+			_ = c.fc.SetDeadline(time.Time{})
+		}
+		var fh packets.FixedHeader
+		if err := c.cl.ReadFixedHeader(&fh); err != nil {
+			return err
+		}
+		if err := c.readPacket(&fh); err != nil {
+			return err
+		}
+	}
+}
+
+//go:noinline
+func (c *conn) readPacket(fh *packets.FixedHeader) error {
+	pk, err := c.cl.ReadPacket(fh)
+	if err != nil {
+		return err
+	}
+	return c.receive(&pk)
 }
 
 func isTimeout(err error) bool {
@@ -172,6 +217,8 @@ func (c *conn) connect() error {
 	for _, id := range a.pubrels { // [MQTT-4.4.0-1]
 		c.ack(packets.Pubrel, id)
 	}
+	// What mochi keeps for its own sessions is never used.
+	cl.State.Inflight, cl.State.Subscriptions, cl.State.TopicAliases = nil, nil, mqtt.TopicAliases{}
 	c.up.Store(true)
 	b.mu.Lock()
 	closed := b.mu.closed
@@ -299,7 +346,8 @@ func loopback(c net.Conn) bool {
 	}
 }
 
-// forget removes what is left of a connection.
+// forget removes what is left of a connection. Who sees it closed knows that the
+// core hears of its end before anything that comes later.
 func (b *Broker) forget(c *conn) {
 	c.flush()
 	// A farewell that is under way wants to be heard.
@@ -307,22 +355,20 @@ func (b *Broker) forget(c *conn) {
 	b.mu.Lock()
 	hungUp := c.hungUp
 	b.mu.Unlock()
-	if hungUp != nil {
-		<-hungUp
-	}
-	_ = c.fc.Close()
-	if c.cl != nil {
-		c.cl.Stop(nil)
-	}
-	c.shut()
-	c.writers.Wait()
 	if c.session != nil {
-		b.inbox.put(false, op{fn: func(t *tx, r *result) { b.detach(t, r, c) }, done: func(err error) {
+		b.inbox.put(false, b.tidyOp(c.session), op{fn: func(t *tx, r *result) { b.detach(t, r, c) }, done: func(err error) {
 			if err != nil && c.will != nil && !c.bye {
 				b.willDone(c.will)(err)
 			}
 		}})
 	}
+	if hungUp != nil {
+		<-hungUp
+	}
+	c.shut()
+	_ = c.fc.Close()
+	c.cl.Stop(nil)
+	c.writers.Wait()
 	b.mu.Lock()
 	delete(b.mu.live, c)
 	if c.claimed {
@@ -364,28 +410,28 @@ func (c *conn) flush() {
 }
 
 // receive takes one packet of a connected client.
-func (c *conn) receive(_ *mqtt.Client, pk packets.Packet) error {
+func (c *conn) receive(pk *packets.Packet) error {
 	c.b.stats.received()
 	switch pk.FixedHeader.Type {
 	case packets.Publish:
-		return c.publish(&pk)
+		return c.publish(pk)
 	case packets.Puback, packets.Pubcomp:
-		c.acked(&pk)
+		c.acked(pk)
 		return nil
 	case packets.Pubrec:
-		return c.pubrec(&pk)
+		return c.pubrec(pk)
 	case packets.Pubrel:
-		return c.pubrel(&pk)
+		return c.pubrel(pk)
 	case packets.Subscribe:
-		return c.subscribe(&pk)
+		return c.subscribe(pk)
 	case packets.Unsubscribe:
-		return c.unsubscribe(&pk)
+		return c.unsubscribe(pk)
 	case packets.Pingreq:
 		c.answer(packets.Pingresp<<4, 0)
 		c.kick()
 		return nil
 	case packets.Disconnect:
-		return c.disconnect(&pk)
+		return c.disconnect(pk)
 	case packets.Connect:
 		return packets.ErrProtocolViolationSecondConnect // [MQTT-3.1.0-2]
 	default: // AUTH, without a method in CONNECT; and what only servers send

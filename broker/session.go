@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -18,7 +17,7 @@ import (
 // without such a session is disconnected: the fabric's parts repair themselves
 // at reconnect, and a publisher never waits for it.
 const (
-	maxQueued      = 16384
+	maxQueued      = 65536
 	maxQueuedBytes = 16 << 20
 	// A stored session keeps less in memory, as it has the store.
 	maxPage      = 512
@@ -69,10 +68,8 @@ type session struct {
 		total      int
 		totalBytes int64
 		// sentTo is the newest number that may have gone out, on whatever
-		// connection; the first redo messages of a session as well, where a
-		// killed broker did not say.
+		// connection.
 		sentTo   uint64
-		redo     int
 		released []uint64 // PUBREC has come, PUBCOMP not, while the client is away
 		// done and completed are acknowledged but still in the store.
 		done, completed []uint64
@@ -116,9 +113,7 @@ type replay struct {
 }
 
 func newSession(b *Broker, id string, num uint64) *session {
-	s := &session{b: b, id: id, num: num, next: 1}
-	s.mu.byID = map[uint16]*entry{}
-	return s
+	return &session{b: b, id: id, num: num, next: 1}
 }
 
 // Readiness of a session to take a message, best last.
@@ -213,7 +208,7 @@ func (s *session) attach(c *conn) (pubrels []uint16, dropped int) {
 	for _, n := range s.mu.released {
 		e := &entry{n: n, qos: 2, released: true}
 		s.mu.flight = append(s.mu.flight, e)
-		s.mu.byID[packetID(n)] = e
+		s.track(packetID(n), e)
 		pubrels = append(pubrels, packetID(n))
 	}
 	s.mu.released = nil
@@ -297,7 +292,7 @@ func (s *session) fill(c *conn, buf []byte) (out []byte, page, ask bool) {
 		s.b.stats.sentPublish(len(e.m.Payload))
 		if e.qos > 0 {
 			s.mu.sentTo = max(s.mu.sentTo, e.n)
-			s.mu.byID[p.id] = e
+			s.track(p.id, e)
 			s.mu.flight = append(s.mu.flight, e)
 		}
 	}
@@ -324,6 +319,13 @@ func shift(q []*entry, n int) []*entry {
 	}
 }
 
+func (s *session) track(id uint16, e *entry) {
+	if s.mu.byID == nil {
+		s.mu.byID = map[uint16]*entry{}
+	}
+	s.mu.byID[id] = e
+}
+
 // page reads the next messages from the store. It belongs to the writer.
 func (s *session) page(c *conn) error {
 	s.mu.Lock()
@@ -348,15 +350,18 @@ func (s *session) page(c *conn) error {
 		}
 		m := &Message{Topic: topic.Topic(q.Topic), Payload: q.Payload, QoS: q.QoS, Expires: q.Expires, Props: q.Props}
 		e := &entry{m: m, n: q.N, size: q.Size, subIDs: q.SubIDs, share: q.Share, qos: q.QoS, retain: q.Retain}
-		e.dup = q.N <= s.mu.sentTo || s.mu.redo > 0
-		s.mu.redo = max(s.mu.redo-1, 0)
+		e.dup = q.N <= s.mu.sentTo
 		s.mu.waiting = append(s.mu.waiting, e)
 		s.mu.bytes += e.size
 		s.mu.paged--
 		s.mu.from = q.N + 1
 	}
 	if len(msgs) == 0 && s.mu.paged > 0 {
-		return errors.New("messages of the session are missing in the store")
+		// Our count is wrong. The client gets what there is and goes on.
+		s.b.log.Error("messages of a session are missing in the store", "client", s.id, "messages", s.mu.paged)
+		s.b.metrics.drop("missing", s.mu.paged)
+		s.tally(-s.mu.paged, 0)
+		s.mu.paged = 0
 	}
 	return nil
 }
@@ -462,8 +467,9 @@ func (s *session) release(e *entry) (undo func()) {
 	}
 }
 
-// tidy puts into the batch what was acknowledged.
-func (s *session) tidy(sb *store.Batch) {
+// tidy puts into the batch what was acknowledged. undo is for the case that the
+// store refuses it.
+func (s *session) tidy(sb *store.Batch) (undo func()) {
 	s.mu.Lock()
 	done, completed := s.mu.done, s.mu.completed
 	s.mu.done, s.mu.completed, s.mu.asked = nil, nil, false
@@ -473,6 +479,12 @@ func (s *session) tidy(sb *store.Batch) {
 	}
 	for _, n := range completed {
 		sb.Complete(s.num, n)
+	}
+	return func() { // the next acknowledgement asks again
+		s.mu.Lock()
+		s.mu.done = append(done, s.mu.done...)
+		s.mu.completed = append(completed, s.mu.completed...)
+		s.mu.Unlock()
 	}
 }
 

@@ -69,6 +69,7 @@ type Bridge struct {
 	client  *client.Client
 	metrics *metrics
 	session session
+	clones  clones
 
 	// start is closed when everything was looked at: before, the workers
 	// would publish and write from half a picture.
@@ -114,7 +115,7 @@ func New(cfg Config) (*Bridge, error) {
 	if b.in, err = newInformers(kube, dyn, meta); err != nil {
 		return nil, err
 	}
-	b.outbox = repair.NewOutbox(repair.OutboxConfig{Direction: topic.Desired, Epoch: "kubernetes", Get: b.truth.get, Logger: b.log})
+	b.outbox = repair.NewOutbox(repair.OutboxConfig{Direction: topic.Desired, Epoch: repair.NewEpoch(), Get: b.truth.get, Logger: b.log})
 	b.inbox = repair.NewInbox(repair.InboxConfig{Direction: topic.Reported, Logger: b.log})
 	b.desired = &desired{
 		in: b.in, kube: kube, log: b.log, now: time.Now, truth: b.truth, refs: newReferences(),

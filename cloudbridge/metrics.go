@@ -5,6 +5,7 @@ import "github.com/prometheus/client_golang/prometheus"
 type metrics struct {
 	writes    *prometheus.CounterVec
 	malformed prometheus.Counter
+	clones    prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer, b *Bridge) *metrics {
@@ -13,6 +14,8 @@ func newMetrics(r prometheus.Registerer, b *Bridge) *metrics {
 			Name: "fairlead_cloud_kubernetes_writes_total", Help: "Writes to the API server, by kind of object and outcome."}, []string{"kind", "outcome"}),
 		malformed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "fairlead_cloud_malformed_messages_total", Help: "Messages from nodes that could not be read."}),
+		clones: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "fairlead_cloud_node_clones_total", Help: "Links that an agent took back from another one with the same node's name."}),
 	}
 	if r == nil {
 		return m
@@ -20,7 +23,7 @@ func newMetrics(r prometheus.Registerer, b *Bridge) *metrics {
 	gauge := func(name, help string, f func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f)
 	}
-	r.MustRegister(m.writes, m.malformed,
+	r.MustRegister(m.writes, m.malformed, m.clones,
 		gauge("fairlead_cloud_broker_connected", "1 while the broker is connected and in step.", func() float64 {
 			if b.Ready() {
 				return 1
@@ -33,6 +36,9 @@ func newMetrics(r prometheus.Registerer, b *Bridge) *metrics {
 		gauge("fairlead_cloud_queue_length", "Status keys that wait for a worker.", func() float64 { return float64(b.status.queue.Len()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "fairlead_cloud_repairs_total", Help: "Repairs of reported state begun."}, func() float64 {
 			return float64(b.inbox.Repairs())
+		}),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "fairlead_cloud_requests_dropped_total", Help: "Topics and pages that nodes asked for beyond the bound of what may wait."}, func() float64 {
+			return float64(b.outbox.Dropped())
 		}),
 	)
 	return m

@@ -385,6 +385,9 @@ func (b *Bridge) reported(p topic.Parsed, m client.Message) {
 	}
 	s.mu.Unlock()
 	b.inbox.Put(m.Topic, m.Payload)
+	if p.Kind == topic.KindReportedLink {
+		b.linked(p.Node, m.Payload)
+	}
 	n := b.mirror.put(p, m.Payload)
 	if n.malformed {
 		b.metrics.malformed.Inc()

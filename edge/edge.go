@@ -1,7 +1,10 @@
 package edge
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,12 +36,25 @@ type Config struct {
 	MQTT []string
 	// Cloud is the cloud broker's address; empty for none.
 	Cloud string
+	// CloudCA holds the certificates that may have signed the cloud broker's;
+	// the system's where it is empty.
+	CloudCA string
 	// TokenFile holds the node's credential for the cloud.
 	TokenFile string
 	// KeepAlive is the link's; 30 s where it is 0.
 	KeepAlive time.Duration
 	// Checkpoint is how often readings are written; 60 s where it is 0.
 	Checkpoint time.Duration
+	// EventBytes and EventAge bound the log of events that wait for the cloud; the
+	// oldest are dropped beyond them. 64 MiB and 7 days where they are 0. Without
+	// a cloud there is no log.
+	EventBytes int64
+	EventAge   time.Duration
+	// MaxClients bounds each listener's connections; DefaultMaxClients where it is 0.
+	MaxClients int
+	// Queue bounds what waits for a client with a persistent session; the
+	// defaults where it is 0.
+	Queue broker.QueueLimits
 	// Origins are browser origins that may use a WebSocket listener.
 	Origins []string
 	// Metrics is the address of /metrics, /healthz and /readyz; empty for none.
@@ -49,6 +65,35 @@ type Config struct {
 	// Ready is told the listeners' addresses once the bus serves; nil for nobody.
 	Ready func(addrs []string)
 }
+
+// The bounds of the event log.
+const (
+	DefaultEventBytes = 64 << 20
+	DefaultEventAge   = 7 * 24 * time.Hour
+	minEventBytes     = 1 << 20
+)
+
+// eventLog gives the bounds of the event log.
+func (c *Config) eventLog() (bytes int64, age time.Duration) {
+	bytes, age = c.EventBytes, c.EventAge
+	if bytes == 0 {
+		bytes = DefaultEventBytes
+	}
+	if age == 0 {
+		age = DefaultEventAge
+	}
+	if c.Cloud == "" {
+		bytes = 0 // nobody would ever read it
+	}
+	return bytes, age
+}
+
+// What a gateway bears: its disk has a few gigabytes, its clients are dozens.
+const (
+	DefaultMaxClients    = 256
+	DefaultQueueMessages = 100_000
+	DefaultQueueBytes    = 64 << 20
+)
 
 // Validate says what is wrong with the configuration and what to do.
 func (c *Config) Validate() error {
@@ -64,8 +109,17 @@ func (c *Config) Validate() error {
 	if len(c.MQTT) == 0 {
 		return errors.New("no listener: give --mqtt, such as 127.0.0.1:1883")
 	}
+	if c.MaxClients < 0 || c.Queue.Messages < 0 || c.Queue.Bytes < 0 {
+		return errors.New("--max-clients, --queue-messages and --queue-bytes want numbers above 0")
+	}
 	if c.Checkpoint < 0 {
 		return fmt.Errorf("checkpoint %s: want a time above 0, such as 60s", c.Checkpoint)
+	}
+	if c.EventBytes < 0 || c.EventBytes > 0 && c.EventBytes < minEventBytes {
+		return fmt.Errorf("event log of %d bytes: want %d (1 MiB) or more", c.EventBytes, minEventBytes)
+	}
+	if c.EventAge < 0 {
+		return fmt.Errorf("event age %s: want a time above 0, such as 168h", c.EventAge)
 	}
 	if c.Cloud != "" && c.TokenFile == "" {
 		return fmt.Errorf("the cloud wants a credential: make one with `fairlead token create --node %s`, put it into a file and give --token-file", c.Node)
@@ -102,6 +156,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	reg := prometheus.NewRegistry()
 	engine := twin.New(twin.Config{Node: cfg.Node, Metrics: reg, Logger: log})
+	eventBytes, eventAge := cfg.eventLog()
 	bus, err := broker.Open(broker.Options{
 		Dir: filepath.Join(cfg.Dir, "store"), Node: cfg.Node,
 		Authenticate: authenticate(mapperToken),
@@ -109,8 +164,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		Presence:     engine.Presence,
 		Durability:   broker.EdgeDurability,
 		Checkpoint:   cfg.Checkpoint,
-		// A gateway has dozens of clients, not thousands.
-		MaxClients:     256,
+		EventBytes:   eventBytes,
+		EventAge:     eventAge,
+		MaxClients:   cmp.Or(cfg.MaxClients, DefaultMaxClients),
+		Queue: broker.QueueLimits{
+			Messages: cmp.Or(cfg.Queue.Messages, DefaultQueueMessages),
+			Bytes:    cmp.Or(cfg.Queue.Bytes, DefaultQueueBytes),
+		},
 		AllowedOrigins: cfg.Origins,
 		Metrics:        reg, Logger: log,
 	})
@@ -136,18 +196,25 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		log.Error("node not described", "error", err)
 	}
 	var l *link.Link
+	roots, err := readRoots(cfg.CloudCA)
+	if err != nil {
+		return err
+	}
 	if cfg.Cloud == "" {
 		if err := unlink(ctx, bus, cfg.Node); err != nil && ctx.Err() == nil {
 			log.Warn("the bus still shows a link to the cloud", "error", err)
 		}
 	} else {
 		l, err = link.New(link.Config{
-			Node: cfg.Node, URL: cfg.Cloud, Token: token, KeepAlive: cfg.KeepAlive, Agent: cfg.Version, Metrics: reg, Logger: log,
+			Node: cfg.Node, URL: cfg.Cloud, TLS: roots, Token: token, KeepAlive: cfg.KeepAlive, Agent: cfg.Version, Metrics: reg, Logger: log,
+			Host: strings.TrimSpace(self.Hostname + " " + self.InternalAddress),
 		}, bus)
 		if err != nil {
 			return err
 		}
 	}
+	stopAdmin := serveAdmin(cfg.Dir, bus, log)
+	defer stopAdmin()
 	g, ctx := errgroup.WithContext(ctx)
 	if cfg.Metrics != "" {
 		stop, addr, err := serveMetrics(cfg.Metrics, reg, bus)
@@ -185,6 +252,22 @@ func unlink(ctx context.Context, bus *broker.Broker, node string) error {
 		return nil
 	}
 	return bus.Publish(ctx, broker.Message{Topic: t, QoS: 1, Retain: true})
+}
+
+// readRoots makes the link's TLS of a file of certificates; nil without one.
+func readRoots(file string) (*tls.Config, error) {
+	if file == "" {
+		return nil, nil //nolint:nilnil // the client's default
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("--cloud-ca: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("--cloud-ca %s: no certificate in it; want PEM, -----BEGIN CERTIFICATE-----", file)
+	}
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
 }
 
 // prepare makes the data folder and checks that it is this node's.

@@ -48,6 +48,9 @@ func TestValidate(t *testing.T) {
 		{func(c *Config) { c.Dir = "" }, "give --data"},
 		{func(c *Config) { c.MQTT = nil }, "give --mqtt, such as 127.0.0.1:1883"},
 		{func(c *Config) { c.Checkpoint = -time.Second }, "checkpoint -1s"},
+		{func(c *Config) { c.EventBytes = 1000 }, "event log of 1000 bytes: want 1048576"},
+		{func(c *Config) { c.EventBytes = -1 }, "event log of -1 bytes"},
+		{func(c *Config) { c.EventAge = -time.Hour }, "event age -1h"},
 		{func(c *Config) { c.Cloud = "mqtt://cloud" }, "fairlead token create --node plant-7"},
 	} {
 		cfg := config(t.TempDir())
@@ -74,11 +77,15 @@ func TestWrongAddresses(t *testing.T) {
 		words  string
 	}{
 		{func(c *Config) { c.MQTT = []string{"1883"} }, "want host:port, such as 127.0.0.1:1883"},
-		{func(c *Config) { c.MQTT = []string{"http://127.0.0.1:0"} }, "not one of mqtt, ws, unix"},
+		{func(c *Config) { c.MQTT = []string{"http://127.0.0.1:0"} }, "not one of mqtt, mqtts, ws, wss, unix"},
 		{func(c *Config) { c.MQTT = []string{"unix://relative"} }, "unix:///absolute/path"},
 		{func(c *Config) { c.MQTT = []string{"192.0.2.1:0"} }, "192.0.2.1"},
 		{func(c *Config) { c.Metrics = "9464" }, "--metrics"},
 		{func(c *Config) { c.Cloud, c.TokenFile = "http://cloud", token }, "scheme"},
+		{func(c *Config) {
+			c.Cloud, c.TokenFile, c.CloudCA = "mqtts://cloud", token, filepath.Join(c.Dir, "none")
+		}, "--cloud-ca"},
+		{func(c *Config) { c.Cloud, c.TokenFile, c.CloudCA = "mqtts://cloud", token, token }, "no certificate in it"},
 		{func(c *Config) { c.Cloud, c.TokenFile, c.KeepAlive = "cloud", token, time.Millisecond }, "keepalive"},
 	} {
 		cfg := config(t.TempDir())

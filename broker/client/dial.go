@@ -78,7 +78,7 @@ func ParseURL(raw string, tlsConfig *tls.Config) (*Dialer, error) {
 		tlsConfig = &tls.Config{MinVersion: tls.VersionTLS12}
 	}
 	if tlsConfig.ClientSessionCache == nil {
-		// A reconnect that resumes costs a third of a whole handshake.
+		// A reconnect that resumes is spared the certificates.
 		tlsConfig = tlsConfig.Clone()
 		tlsConfig.ClientSessionCache = tls.NewLRUClientSessionCache(1)
 	}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // packetConn makes one write of each packet. paho hands a packet over in
@@ -70,12 +71,15 @@ func (c *packetConn) Write(p []byte) (int, error) {
 const maxKept = 16 << 10
 
 // Unlock implements sync.Locker: the packet is complete and leaves. paho does
-// not see this write's error, so the connection is closed: its reader does.
+// not see this write's error, its reader does, once it has read what has arrived:
+// a broker that hangs up says why before.
 func (c *packetConn) Unlock() {
 	if len(c.buf) > 0 && c.failed.Load() == nil {
 		if _, err := c.Conn.Write(c.buf); err != nil {
 			c.failed.Store(&err)
-			_ = c.Close()
+			if c.SetReadDeadline(time.Now().Add(goodbye)) != nil {
+				_ = c.Close()
+			}
 		} else {
 			c.ping.PacketSent()
 		}

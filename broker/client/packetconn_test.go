@@ -8,7 +8,9 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/eclipse/paho.golang/packets"
 	"github.com/eclipse/paho.golang/paho"
@@ -39,6 +41,9 @@ func (r *recorder) Read([]byte) (int, error) {
 	<-r.closed
 	return 0, net.ErrClosed
 }
+
+// SetReadDeadline ends Read at once: nothing is left to read.
+func (r *recorder) SetReadDeadline(time.Time) error { return r.Close() }
 
 func (r *recorder) Close() error {
 	close(r.closed)
@@ -113,6 +118,26 @@ func TestWriteError(t *testing.T) {
 		t.Errorf("%d writes", len(r.writes))
 	}
 }
+
+// What the broker said before it hung up is read although a write failed since.
+func TestLastWords(t *testing.T) {
+	here, there := net.Pipe()
+	defer func() { _ = there.Close() }()
+	c := newPacketConn(lastWords{here}, newPinger(0))
+	_, _ = packets.NewControlPacket(packets.PINGREQ).WriteTo(c)
+	go func() { _, _ = packets.NewControlPacket(packets.DISCONNECT).WriteTo(there) }()
+	if p, err := packets.ReadPacket(c); err != nil || p.Type != packets.DISCONNECT {
+		t.Errorf("read %v, %v", p, err)
+	}
+	if _, err := packets.ReadPacket(c); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("then %v", err)
+	}
+}
+
+// lastWords is a connection whose other side does not read any more.
+type lastWords struct{ net.Conn }
+
+func (lastWords) Write([]byte) (int, error) { return 0, syscall.EPIPE }
 
 // size says how long a PUBLISH is, to the byte.
 func TestSize(t *testing.T) {

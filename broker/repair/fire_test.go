@@ -226,7 +226,7 @@ func TestCut(t *testing.T) {
 			}
 		}},
 	} {
-		for _, n := range []int{3000, 3700, 5000, 9000, 30_000} {
+		for n := 3000; n < 40_000; n += n / 3 {
 			for _, keep := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/bytes=%d/keep=%v", tc.name, n, keep), func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
@@ -241,7 +241,7 @@ func TestCut(t *testing.T) {
 						}
 						cuts := 0
 						for !done() {
-							if cuts++; cuts > 5000 {
+							if cuts++; cuts > 300 {
 								t.Fatalf("after %d connections %d topics of %d are there, %d wait", cuts, w.holds(), len(w.truth), w.out.Pending())
 							}
 							b := newBudget(n)
@@ -296,17 +296,21 @@ func TestWantsComeFirst(t *testing.T) {
 		}
 		w.connect()
 		w.settle(time.Minute)
+		w.hangUp()
 		w.down.take()
 		for i := range 50 { // not before what is wanted
 			w.put(device(i), "y")
 		}
 		w.out.Request(plant, payload.SyncRequest{Want: []string{"desired/device/default/pump-02000", "desired/device/default/pump-02001"}, Manifest: true, Max: 7}, "", []byte("1"))
+		w.connect()
 		w.quiet()
 		wanted, pages := 0, 0
-		for _, m := range w.down.take() {
+		for i, m := range w.down.take() {
 			switch m.Topic {
 			case device(2000), device(2001):
-				wanted++
+				if wanted++; i > 1 {
+					t.Errorf("%s is number %d", m.Topic, i)
+				}
 			case topic.SyncManifest(plant, topic.Desired):
 				var sm payload.SyncManifest
 				if err := payload.Decode(m.Payload, &sm); err != nil || len(sm.Topics) != 7 || sm.Next != "desired/device/default/pump-00006" {
@@ -324,7 +328,7 @@ func TestWantsComeFirst(t *testing.T) {
 		w.out.Request(plant, payload.SyncRequest{Manifest: true, Max: 1 << 30}, "", nil)
 		w.quiet()
 		for _, m := range w.down.take() {
-			if len(m.Payload) > 140<<10 {
+			if len(m.Payload) > 130<<10 {
 				t.Errorf("%s: %d bytes", m.Topic, len(m.Payload))
 			}
 		}

@@ -31,10 +31,9 @@ const (
 	answer = digestMax + settleMax
 	// wantMax bounds the topics of one request.
 	wantMax = 500
-	// firstPage is how many topics the first two pages of a repair ask for; each
+	// firstPage is how many topics the first page of a repair asks for; each
 	// further one asks for twice as many, up to PageSize. Where a link breaks
-	// after a few thousand bytes, a large page would never arrive. The second one
-	// must fit as well: it says that the first one is done with.
+	// after a few thousand bytes, a large page would never arrive.
 	firstPage = 8
 )
 
@@ -77,20 +76,17 @@ type inNode struct {
 
 	// The repair in progress.
 	phase       phase
-	began       string // the page that it began with; empty is the first
-	wrapped     bool   // it came to the end and goes on at the front, up to began
-	second      bool   // it has come to the second page
 	page        string // the page that was asked for last
 	max         int    // its size
 	correlation string
 	askedAt     time.Time
-	next        string   // the page that is to be asked for
-	want        []string // what differs on the page before it, relative to fl/<node>/
+	want        []string // what differs on the page that came last, relative to fl/<node>/
 	n           uint64   // requests made
 
-	// resume is the page whose answers were under way last: where a connection
-	// ends in the middle of a repair, the next one goes on there.
-	resume string
+	// next is the page that is to be asked for; empty is the first. A repair on
+	// the next connection goes on with it, even if what was wanted before is
+	// lost: one topic that does not get through must not keep the others out.
+	next string
 }
 
 // phase is how far a repair is.
@@ -276,7 +272,7 @@ func (i *Inbox) compareLocked(n *inNode) {
 	}
 	if equal(n) {
 		i.endLocked(n)
-		n.epoch, n.resume = n.writer.Epoch, ""
+		n.epoch, n.next = n.writer.Epoch, ""
 		return
 	}
 	now := time.Now()
@@ -344,30 +340,16 @@ func (i *Inbox) Manifest(name string, m payload.SyncManifest, correlation []byte
 	}
 	i.mu.Lock()
 	if n.phase == asked && n.correlation == string(correlation) { // nothing began anew meanwhile
-		n.turn(m)
+		n.next, n.phase = m.Next, more
+		if m.Next == "" {
+			n.phase = last
+		}
+		n.max = min(2*n.max, PageSize)
 		i.mu.agenda.set(n, time.Now())
 		i.equalLocked(n)
 	}
 	i.mu.Unlock()
 	i.signal()
-}
-
-// turn decides what follows a page.
-func (n *inNode) turn(m payload.SyncManifest) {
-	if n.resume = m.After; n.second {
-		n.max = min(2*n.max, PageSize)
-	}
-	n.second = true
-	switch {
-	case n.wrapped && (m.Next == "" || m.Next >= n.began):
-		n.phase = last
-	case m.Next != "":
-		n.phase, n.next = more, m.Next
-	case n.began != "" && !n.wrapped:
-		n.phase, n.next, n.wrapped = more, "", true
-	default:
-		n.phase = last
-	}
 }
 
 // equalLocked ends a repair whose work is done, by whatever messages.
@@ -432,20 +414,16 @@ func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
 		switch n.phase {
 		case more:
 			out = append(out, i.wantLocked(n)...)
-			out[len(out)-1] = i.pageLocked(n, n.next, out[len(out)-1])
+			out[len(out)-1] = i.pageLocked(n, out[len(out)-1])
 		case last:
 			out = append(out, i.finishLocked(n)...)
 		default: // a new repair, or one whose answer did not come
-			if n.phase == idle && n.pause > 0 {
-				n.resume = "" // it went through, and something changed or was lost
-			}
 			i.mu.repairs++
 			n.pause = min(max(2*n.pause, again), againMax)
 			n.want, n.wanted, n.max = nil, map[string]digest.Hash{}, firstPage
-			n.began, n.wrapped, n.second = n.resume, false, false
 			i.log.Info("repair: state differs, asking for the manifest", "node", n.name,
 				"direction", i.cfg.Direction.String(), "have", n.have.Count(), "writer", n.writer.Count)
-			out = append(out, i.pageLocked(n, n.began, request{node: n.name}))
+			out = append(out, i.pageLocked(n, request{node: n.name}))
 		}
 	}
 	i.mu.Unlock()
@@ -464,14 +442,14 @@ func (i *Inbox) ask(ctx context.Context, s Sender) (time.Duration, error) {
 	return wait, nil
 }
 
-// pageLocked adds to a request that for the manifest's page after a topic. What
-// the request wants comes first, so the page says that it has come.
-func (i *Inbox) pageLocked(n *inNode, after string, r request) request {
+// pageLocked adds to a request that for the manifest's next page. What the
+// request wants comes first, so the page says that it has come.
+func (i *Inbox) pageLocked(n *inNode, r request) request {
 	n.n++
-	n.phase, n.page, n.askedAt = asked, after, time.Now()
+	n.phase, n.page, n.askedAt = asked, n.next, time.Now()
 	n.correlation = i.name + ":" + strconv.FormatUint(n.n, 36)
 	i.mu.agenda.set(n, n.askedAt.Add(n.pause))
-	r.r.Manifest, r.r.After, r.r.Max = true, after, n.max
+	r.r.Manifest, r.r.After, r.r.Max = true, n.page, n.max
 	r.correlation = n.correlation
 	return r
 }

@@ -215,7 +215,7 @@ func readBackup(r io.Reader, take func(name string, size int64, r io.Reader) err
 			}
 			return BackupManifest{}, fmt.Errorf("%w: %w", ErrNotBackup, err)
 		}
-		if h.Typeflag != tar.TypeReg || filepath.Base(h.Name) != h.Name || h.Name != manifestName && !storeFile(h.Name) {
+		if h.Typeflag != tar.TypeReg || sparse(h) || filepath.Base(h.Name) != h.Name || h.Name != manifestName && !storeFile(h.Name) {
 			return BackupManifest{}, fmt.Errorf("%w: it holds %q, which belongs to no store", ErrNotBackup, h.Name)
 		}
 		if h.Name == manifestName {
@@ -235,6 +235,17 @@ func readBackup(r io.Reader, take func(name string, size int64, r io.Reader) err
 	}
 }
 
+// sparse tells whether a file of a few bytes in the tar would be read as one of
+// any size.
+func sparse(h *tar.Header) bool {
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
+}
+
 type summed struct {
 	r io.Reader
 	h hash.Hash
@@ -242,7 +253,7 @@ type summed struct {
 
 func (s *summed) Read(b []byte) (int, error) {
 	n, err := s.r.Read(b)
-	_, _ = s.h.Write(b[:n]) // a hash takes everything
+	_, _ = s.h.Write(b[:n])          // a hash takes everything
 	if err != nil && err != io.EOF { //nolint:errorlint // io.Reader returns io.EOF bare
 		err = fmt.Errorf("%w: %w", ErrNotBackup, err)
 	}

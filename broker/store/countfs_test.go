@@ -61,15 +61,6 @@ func (c *countFS) total() (t counted) {
 	return t
 }
 
-func (c *countFS) kind(name string) counted {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if k := c.by[name]; k != nil {
-		return *k
-	}
-	return counted{}
-}
-
 func (c *countFS) wrap(kind string, f vfs.File, err error) (vfs.File, error) {
 	if err != nil {
 		return nil, err

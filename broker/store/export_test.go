@@ -1,6 +1,9 @@
 package store
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // Format is the version of the keys and values.
 const Format = format
@@ -43,14 +46,14 @@ func PutRaw(s *Store, k, v []byte) error { return s.db.Set(k, v, nil) }
 // Key is a record's key.
 var Key = key
 
-// EachRaw calls fn for every record.
+// EachRaw calls fn for every record, which is fn's to keep.
 func EachRaw(s *Store, fn func(k, v []byte)) error {
 	it, err := s.db.NewIter(nil)
 	if err != nil {
 		return err
 	}
 	for ok := it.First(); ok; ok = it.Next() {
-		fn(it.Key(), it.Value())
+		fn(slices.Clone(it.Key()), slices.Clone(it.Value()))
 	}
 	return closeIter(it)
 }

@@ -39,7 +39,7 @@ func newPlant() *plant {
 // minute lets 500 properties a second change and gives the topics that did,
 // each with its last value.
 func (p *plant) minute() []store.Retained {
-	changed := map[int]bool{}
+	changed := make([]bool, len(p.topics))
 	for range 60 * 500 {
 		i := p.rnd.IntN(len(p.topics))
 		p.values[i] += p.rnd.NormFloat64()

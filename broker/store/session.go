@@ -83,14 +83,15 @@ type Stored struct {
 	Received []uint16
 	// Released are the numbers of messages whose PUBREC has come, in order.
 	Released []uint64
-	// Messages and Bytes are what is queued; First is the first number, Last the last.
-	Messages    int
-	Bytes       int64
-	First, Last uint64
+	// Messages and Bytes are what is queued; First is the first number, Last the
+	// last, Window that of the window-th message or else the last.
+	Messages            int
+	Bytes               int64
+	First, Window, Last uint64
 }
 
-// Sessions reads all sessions.
-func (s *Store) Sessions() ([]Stored, error) {
+// Sessions reads all sessions. window is how many messages of one may be in flight.
+func (s *Store) Sessions(window int) ([]Stored, error) {
 	var out []Stored
 	err := s.each(keySession, func(name string, v []byte) error {
 		r := Stored{Session: Session{ClientID: name}}
@@ -102,13 +103,13 @@ func (s *Store) Sessions() ([]Stored, error) {
 	})
 	for i := range out {
 		if err == nil {
-			err = s.session(&out[i])
+			err = s.session(&out[i], window)
 		}
 	}
 	return out, err
 }
 
-func (s *Store) session(r *Stored) error {
+func (s *Store) session(r *Stored, window int) error {
 	bad := func(what string) error { return fmt.Errorf("%w: %s of session %q", errCorrupt, what, r.ClientID) }
 	err := s.under(keySubscription, r.Num, func(k, v []byte) error {
 		sub := Subscription{Filter: string(k)}
@@ -150,7 +151,9 @@ func (s *Store) session(r *Stored) error {
 			r.First = n
 		}
 		r.Last = n
-		r.Messages++
+		if r.Messages++; r.Messages <= window {
+			r.Window = n
+		}
 		r.Bytes += int64(QueuedSize(len(v)))
 		return nil
 	})

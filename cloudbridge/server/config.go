@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,9 +32,11 @@ type Config struct {
 	Kubeconfig string
 	// Data is the embedded broker's folder.
 	Data string
-	// MQTT are the listeners for nodes: host:port or ws://host:port/path. Who
-	// comes there needs a node's name and token.
+	// MQTT are the listeners for nodes: host:port, mqtts://host:port, ws://host:port/path or
+	// wss. Who comes there needs a node's name and token.
 	MQTT []string
+	// TLSCert and TLSKey are files (PEM), for listeners with mqtts and wss.
+	TLSCert, TLSKey string
 	// Local are the listeners for people and tools of this host, without
 	// credentials: unix:///path or a loopback host:port. They read all and
 	// write users' topics.
@@ -56,8 +59,8 @@ type Config struct {
 func (c *Config) Validate() error {
 	if c.Broker != "" {
 		switch {
-		case len(c.MQTT) > 0 || len(c.Local) > 0 || c.Data != "":
-			return errors.New("--broker names an external broker: --mqtt, --local and --data belong to the embedded one, leave them out")
+		case len(c.MQTT) > 0 || len(c.Local) > 0 || c.Data != "" || c.TLSCert != "" || c.TLSKey != "":
+			return errors.New("--broker names an external broker: --mqtt, --local, --data, --tls-cert and --tls-key belong to the embedded one, leave them out")
 		case (c.BrokerUsername == "") != (c.BrokerPasswordFile == ""):
 			return errors.New("--broker-username and --broker-password-file go together")
 		}
@@ -71,6 +74,14 @@ func (c *Config) Validate() error {
 	}
 	if c.BrokerUsername != "" || c.BrokerPasswordFile != "" {
 		return errors.New("--broker-username and --broker-password-file go with --broker")
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		return errors.New("--tls-cert and --tls-key go together")
+	}
+	for _, a := range slices.Concat(c.MQTT, c.Local) {
+		if c.TLSCert == "" && (strings.HasPrefix(a, "mqtts:") || strings.HasPrefix(a, "wss:")) {
+			return fmt.Errorf("%s wants a certificate and its key: give --tls-cert and --tls-key", a)
+		}
 	}
 	for _, a := range c.Local {
 		if err := checkLocal(a); err != nil {
@@ -172,6 +183,18 @@ func (c *Config) external() (client.Config, error) {
 		out.Password = strings.TrimRight(string(b), "\r\n")
 	}
 	return out, nil
+}
+
+// tls has the certificate of the listeners, where there is one.
+func (c *Config) tls() (*tls.Config, error) {
+	if c.TLSCert == "" {
+		return nil, nil //nolint:nilnil // no listener wants one
+	}
+	pair, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
+	if err != nil {
+		return nil, fmt.Errorf("--tls-cert %s, --tls-key %s: %w", c.TLSCert, c.TLSKey, err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}, nil
 }
 
 func (c *Config) namespace() string {

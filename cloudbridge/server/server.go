@@ -95,7 +95,12 @@ func (c *Config) broker(ctx context.Context, g *errgroup.Group, rc *rest.Config,
 	if err != nil {
 		return bc, nil, nil, err
 	}
+	cert, err := c.tls()
+	if err != nil {
+		return bc, nil, nil, err
+	}
 	b, err := broker.Open(broker.Options{
+		TLS: cert,
 		Dir: c.Data, Authenticate: c.authenticate(tokens), Durability: broker.CloudDurability,
 		MaxClients: maxClients, Metrics: reg, Logger: c.Logger,
 	})

@@ -12,7 +12,7 @@ package link
 
 import (
 	"context"
-	"encoding/json"
+	"crypto/tls"
 	"errors"
 	"log/slog"
 	"sync"
@@ -31,16 +31,24 @@ import (
 // Config configures the link.
 type Config struct {
 	Node string
-	// URL is the cloud broker's address, as client.ParseURL reads it.
+	// URL is the cloud broker's address, as client.ParseURL reads it, and TLS for
+	// mqtts and wss; nil trusts the system's roots. Over TLS and WebSocket the
+	// link is compressed, where the broker knows how.
 	URL string
+	TLS *tls.Config
 	// Token is the node's credential.
 	Token string
 	// KeepAlive is the client's; 30 s where it is 0.
 	KeepAlive time.Duration
 	// Agent is the version that reported/link carries.
-	Agent   string
+	Agent string
+	// Host says there on which machine the agent runs, for a person who has to
+	// tell two agents of one name apart.
+	Host    string
 	Metrics prometheus.Registerer // nil is none
 	Logger  *slog.Logger
+
+	minBackoff, maxBackoff time.Duration // the client's, in tests
 }
 
 // Link is the connection to the cloud.
@@ -51,6 +59,14 @@ type Link struct {
 	c   *client.Client
 	out *repair.Outbox
 	in  *repair.Inbox
+	ev  *replay
+
+	// epoch names the numbering of the node's digests, and this agent among all
+	// that have the node's name.
+	epoch     string
+	taken     atomic.Bool   // the last connection was taken over
+	takeovers atomic.Uint64 // of our connections by another agent
+	waiting   atomic.Bool   // on standby
 
 	since atomic.Int64   // when the present connection was begun
 	wg    sync.WaitGroup // the goroutines of the present connection
@@ -63,19 +79,22 @@ type Link struct {
 
 // New checks the configuration. It does not dial.
 func New(cfg Config, bus *broker.Broker) (*Link, error) {
-	l := &Link{cfg: cfg, log: cfg.Logger, bus: bus}
+	l := &Link{cfg: cfg, log: cfg.Logger, bus: bus, epoch: repair.NewEpoch()}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}
 	l.out = repair.NewOutbox(repair.OutboxConfig{
-		Direction: topic.Reported, Epoch: cfg.Node, Get: bus.Retained, Logger: l.log,
+		Direction: topic.Reported, Epoch: l.epoch, Get: bus.Retained, Logger: l.log,
 	})
 	l.out.AddNode(cfg.Node)
 	l.in = repair.NewInbox(repair.InboxConfig{Direction: topic.Desired, Absent: l.absent, Logger: l.log})
 	n := cfg.Node
-	var err error
+	d, err := client.ParseURL(cfg.URL, cfg.TLS)
+	if err != nil {
+		return nil, err
+	}
 	l.c, err = client.New(client.Config{
-		URL: cfg.URL, ClientID: "fairlead-edge", Username: n, Password: cfg.Token, KeepAlive: cfg.KeepAlive,
+		URL: d.String(), Dial: d.DialCompressed, ClientID: "fairlead-edge", Username: n, Password: cfg.Token, KeepAlive: cfg.KeepAlive,
 		Will: func() *client.Message {
 			l.since.Store(payload.Millis(time.Now()))
 			return &client.Message{Topic: topic.ReportedLink(n), QoS: 1, Retain: true, Payload: l.status(false)}
@@ -89,14 +108,17 @@ func New(cfg Config, bus *broker.Broker) (*Link, error) {
 			{Filter: topic.OfKind(n, topic.KindSyncReportedRequest), QoS: 1},
 			{Filter: topic.OfKind(n, topic.KindReportedLink), QoS: 1, RetainHandling: 2},
 		},
-		OnMessage: l.message,
-		OnUp:      l.up,
-		OnDown:    l.down,
-		Logger:    l.log,
+		OnMessages: l.messages,
+		Hold:       l.standby,
+		OnUp:       l.up,
+		OnDown:     l.down,
+		MinBackoff: cfg.minBackoff, MaxBackoff: cfg.maxBackoff,
+		Logger: l.log,
 	})
 	if err != nil {
 		return nil, err
 	}
+	l.ev = newReplay(l)
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "fairlead_link_up", Help: "1 while the cloud broker is connected."}, func() float64 {
@@ -111,6 +133,18 @@ func New(cfg Config, bus *broker.Broker) (*Link, error) {
 			prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "fairlead_link_repairs_total", Help: "Repairs of the desired state begun."}, func() float64 {
 				return float64(l.in.Repairs())
 			}),
+			prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "fairlead_link_requests_dropped_total", Help: "Topics and pages that the cloud asked for beyond the bound of what may wait."}, func() float64 {
+				return float64(l.out.Dropped())
+			}),
+			prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "fairlead_link_takeovers_total", Help: "Connections that another agent with this node's name took over."}, func() float64 {
+				return float64(l.takeovers.Load())
+			}),
+			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "fairlead_link_standby", Help: "1 while another agent with this node's name has the link."}, func() float64 {
+				if l.waiting.Load() {
+					return 1
+				}
+				return 0
+			}),
 		)
 	}
 	return l, nil
@@ -123,7 +157,7 @@ func (l *Link) Connected() bool { return l.c.Connected() }
 func (l *Link) InSync() bool { return l.in.InSync(l.cfg.Node) }
 
 func (l *Link) status(online bool) []byte {
-	return payload.Encode(payload.Link{Online: online, Since: l.since.Load(), Agent: l.cfg.Agent})
+	return payload.Encode(payload.Link{Online: online, Since: l.since.Load(), Agent: l.cfg.Agent, Epoch: l.epoch, Host: l.cfg.Host})
 }
 
 // Run keeps the link until ctx ends, then says goodbye.
@@ -177,7 +211,13 @@ func (l *Link) up(ctx context.Context) {
 	l.shown.Lock()
 	l.online = true
 	l.shown.Unlock()
-	l.wg.Add(3)
+	l.wg.Add(4)
+	go func() {
+		defer l.wg.Done()
+		if err := l.ev.run(ctx); err != nil && ctx.Err() == nil {
+			l.c.Drop(err)
+		}
+	}()
 	go func() {
 		defer l.wg.Done()
 		l.announce(ctx)
@@ -219,21 +259,37 @@ func (l *Link) local(online bool) {
 	}
 }
 
-func (l *Link) down(error) {
+func (l *Link) down(reason error) {
+	l.lost(reason)
 	l.shown.Lock()
 	defer l.shown.Unlock()
 	l.online = false
 	l.local(false)
 }
 
-// message takes what the cloud sends, in order. It returns when the message is
-// in the node's store, so that its acknowledgement means just that.
-func (l *Link) message(m client.Message) {
-	p, err := topic.Parse(string(m.Topic))
-	if err != nil || p.Node != l.cfg.Node {
-		l.log.Warn("message ignored: foreign topic", "topic", m.Topic)
-		return
+// messages takes what the cloud sends, in order. It returns when all of it is in
+// the node's store, so that its acknowledgement means just that.
+func (l *Link) messages(ms []client.Message) {
+	var desired []broker.Message
+	for _, m := range ms {
+		p, err := topic.Parse(string(m.Topic))
+		if err != nil || p.Node != l.cfg.Node {
+			l.log.Warn("message ignored: foreign topic", "topic", m.Topic)
+			continue
+		}
+		if d, ok := p.Direction(); ok && d == topic.Desired {
+			desired = append(desired, retained(m.Topic, m.Payload))
+			continue
+		}
+		l.desired(desired) // what follows may be about it
+		desired = nil
+		l.message(p, m)
 	}
+	l.desired(desired)
+}
+
+// message takes what is no state.
+func (l *Link) message(p topic.Parsed, m client.Message) {
 	switch p.Kind {
 	case topic.KindDesiredDigest:
 		var d payload.Digest
@@ -270,46 +326,6 @@ func (l *Link) message(m client.Message) {
 			}()
 		}
 	default:
-		if d, ok := p.Direction(); !ok || d != topic.Desired {
-			l.log.Warn("message ignored: not the cloud's to write", "topic", m.Topic)
-			return
-		}
-		l.desired(m)
+		l.log.Warn("message ignored: not the cloud's to write", "topic", m.Topic)
 	}
-}
-
-// desired stores one desired topic.
-func (l *Link) desired(m client.Message) {
-	if old, ok := l.bus.Retained(m.Topic); ok && older(m.Payload, old) && !l.in.Wanted(m.Topic) {
-		l.log.Info("older state ignored", "topic", m.Topic)
-		return
-	}
-	l.store(m.Topic, m.Payload)
-}
-
-// older tells whether the payload is an earlier rev of the same object.
-func older(p, than []byte) bool {
-	var a, b struct {
-		UID string `json:"uid"`
-		Rev int64  `json:"rev"`
-	}
-	if len(p) == 0 || json.Unmarshal(p, &a) != nil || json.Unmarshal(than, &b) != nil {
-		return false
-	}
-	return a.UID == b.UID && a.Rev < b.Rev
-}
-
-// absent drops what the cloud does not have any more.
-func (l *Link) absent(t topic.Topic) { l.store(t, nil) }
-
-func (l *Link) store(t topic.Topic, p []byte) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	err := l.bus.Publish(ctx, broker.Message{Topic: t, Payload: p, QoS: 1, Retain: true})
-	if err != nil {
-		// The digest goes on to differ, so the repair tries again.
-		l.log.Warn("desired state not stored, the repair tries again", "topic", t, "error", err)
-		return
-	}
-	l.in.Put(t, p)
 }

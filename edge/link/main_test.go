@@ -5,14 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -87,8 +88,13 @@ func (l *lines) logger(t *testing.T) *slog.Logger {
 // cloudBroker starts the broker that stands in the cloud.
 func cloudBroker(t *testing.T, listen string) (b *broker.Broker, addr string) {
 	t.Helper()
+	return cloudBrokerAt(t, t.TempDir(), listen)
+}
+
+func cloudBrokerAt(t testing.TB, dir, listen string) (b *broker.Broker, addr string) {
+	t.Helper()
 	b, err := broker.Open(broker.Options{
-		Dir: t.TempDir(), Durability: broker.CloudDurability,
+		Dir: dir, Durability: broker.CloudDurability,
 		Authenticate: func(ci broker.ConnectInfo) (access.Identity, error) {
 			switch {
 			case ci.Listener == broker.InProcess:
@@ -116,7 +122,7 @@ func cloudBroker(t *testing.T, listen string) (b *broker.Broker, addr string) {
 
 // bridge stands in for cloudbridge: what it wants is a map in place of Kubernetes.
 type bridge struct {
-	t    *testing.T
+	t    testing.TB
 	out  *repair.Outbox
 	in   *repair.Inbox
 	c    *client.Client
@@ -128,13 +134,13 @@ type bridge struct {
 	wg       sync.WaitGroup
 }
 
-func startBridge(t *testing.T, cloud *broker.Broker, wants map[topic.Topic]string) *bridge {
+func startBridge(t testing.TB, cloud *broker.Broker, wants map[topic.Topic]string) *bridge {
 	t.Helper()
 	b := &bridge{t: t, wants: maps.Clone(wants), reported: map[topic.Topic]string{}}
 	if b.wants == nil {
 		b.wants = map[topic.Topic]string{}
 	}
-	b.out = repair.NewOutbox(repair.OutboxConfig{Direction: topic.Desired, Epoch: "kubernetes", Get: func(x topic.Topic) ([]byte, bool) {
+	b.out = repair.NewOutbox(repair.OutboxConfig{Direction: topic.Desired, Epoch: repair.NewEpoch(), Get: func(x topic.Topic) ([]byte, bool) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		p, ok := b.wants[x]
@@ -196,6 +202,11 @@ func (b *bridge) message(m client.Message) {
 			b.t.Error(err)
 		}
 		b.in.Digest(p.Node, d)
+	case topic.KindReportedLink:
+		var l payload.Link
+		if payload.Decode(m.Payload, &l) == nil && l.Online {
+			b.in.Restart(p.Node)
+		}
 	default:
 		b.mu.Lock()
 		if len(m.Payload) == 0 {
@@ -228,9 +239,14 @@ type wire struct {
 	mu   sync.Mutex
 	to   string // host:port; empty while the cloud cannot be reached
 	open map[net.Conn]struct{}
+	// limit is after how many bytes, of both ways, a connection is cut; 0 is never.
+	limit int64
+	conns int
+	// deaf and mute hold what goes up and what comes down, and keep the connections.
+	deaf, mute chan struct{} // closed by release; nil lets through
 }
 
-func newWire(t *testing.T, to string) *wire {
+func newWire(t testing.TB, to string) *wire {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -258,6 +274,11 @@ func (w *wire) carry(near net.Conn) {
 	w.mu.Lock()
 	to := w.to
 	w.open[near] = struct{}{}
+	w.conns++
+	left := &atomic.Int64{}
+	if left.Store(w.limit); w.limit == 0 {
+		left.Store(math.MaxInt64)
+	}
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
@@ -273,10 +294,55 @@ func (w *wire) carry(near net.Conn) {
 	}
 	defer func() { _ = far.Close() }()
 	w.wg.Go(func() {
-		_, _ = io.Copy(far, near)
+		w.copy(far, near, left, func() chan struct{} { return w.deaf })
 		_ = far.Close()
+		_ = near.Close()
 	})
-	_, _ = io.Copy(near, far)
+	w.copy(near, far, left, func() chan struct{} { return w.mute })
+}
+
+// copy carries one way of a connection. It ends with it, or at the limit, where
+// what the other side is still to say is lost as well.
+func (w *wire) copy(to, from net.Conn, left *atomic.Int64, held func() chan struct{}) {
+	buf := make([]byte, 512)
+	for {
+		n, err := from.Read(buf)
+		w.mu.Lock()
+		wait := held()
+		w.mu.Unlock()
+		if wait != nil {
+			<-wait
+			return // what was held is lost
+		}
+		if rest := left.Add(-int64(n)); rest < 0 {
+			_, _ = to.Write(buf[:max(0, int64(n)+rest)])
+			return
+		}
+		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
+			return
+		}
+	}
+}
+
+// hold keeps the connections that there are and lets nothing through, one way or
+// both, until release. New connections go on.
+func (w *wire) hold(up, down bool) (release func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	stop := make(chan struct{})
+	if up {
+		w.deaf = stop
+	}
+	if down {
+		w.mute = stop
+	}
+	release = sync.OnceFunc(func() {
+		w.mu.Lock()
+		w.deaf, w.mute = nil, nil
+		w.mu.Unlock()
+		close(stop)
+	})
+	return release
 }
 
 // cut ends every connection; the wire lets new ones through to where it leads.
@@ -363,6 +429,22 @@ func (s *site) put(x topic.Topic, p string) {
 	if err := s.bus.Publish(s.t.Context(), broker.Message{Topic: x, Payload: []byte(p), QoS: 1, Retain: true}); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// samples is the count of a histogram.
+func (s *site) samples(name string) (n float64) {
+	s.t.Helper()
+	families, err := s.reg.Gather()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == name {
+			return float64(f.GetMetric()[0].GetHistogram().GetSampleCount())
+		}
+	}
+	s.t.Fatalf("no metric %s", name)
+	return 0
 }
 
 func (s *site) metric(name string) float64 {

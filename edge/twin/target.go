@@ -48,7 +48,7 @@ func (e *Engine) retarget(d *device.Device) []broker.Message {
 	for i := range d.Properties {
 		w, ok := e.wishOf(d, d.Properties[i].Name)
 		if ok {
-			out = append(out, e.cloud(d, d.Properties[i].Name, &w)...)
+			out = append(out, e.cloud(d, d.Properties[i].Name, &w, false)...)
 		}
 	}
 	return out
@@ -61,20 +61,24 @@ func (e *Engine) wish(p topic.Parsed, b []byte) []broker.Message {
 		return nil // the device follows, and settles its wishes then
 	}
 	if len(b) == 0 {
-		return e.cloud(d, p.Property, nil)
+		return e.cloud(d, p.Property, nil, false)
 	}
 	w, ok := decodeWish(b, d)
 	if !ok {
 		e.log.Warn("wish ignored: not for this device, or not readable", "device", d.Key(), "property", p.Property)
 		return nil
 	}
-	return e.cloud(d, p.Property, &w)
+	// The link lets a smaller rev through only where the cloud counts anew, or
+	// says that this is its present state.
+	stored, ok := e.wishOf(d, p.Property)
+	return e.cloud(d, p.Property, &w, ok && w.Rev < stored.Rev)
 }
 
 // cloud settles a property's target after the cloud wished w, or nothing any
 // more for nil. The newer of the cloud's wish and a local one holds; the newer
-// is the one with the larger rev.
-func (e *Engine) cloud(d *device.Device, property string, w *payload.Wish) []broker.Message {
+// is the one with the larger rev. anew: the cloud's revs went back, so that its
+// old wish counts for nothing.
+func (e *Engine) cloud(d *device.Device, property string, w *payload.Wish, anew bool) []broker.Message {
 	prop, ok := d.Property(property)
 	if !ok || !prop.Access.Writable() {
 		return nil
@@ -92,7 +96,7 @@ func (e *Engine) cloud(d *device.Device, property string, w *payload.Wish) []bro
 		return []broker.Message{retained(t, nil)}
 	case w == nil:
 		return nil
-	case had && old.By == payload.ByCloud && old.CloudRev() >= w.Rev:
+	case had && old.By == payload.ByCloud && old.CloudRev() >= w.Rev && !anew:
 		return nil // the one we have, or an older one
 	case had && old.By == payload.ByLocal && old.Rev >= w.Rev:
 		return nil // the local wish is newer

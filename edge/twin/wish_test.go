@@ -67,11 +67,24 @@ func TestWhoWins(t *testing.T) {
 			b.at(20)
 			b.wish("speed", "41", 6)
 		}, target("41", 6, 20, cloud), 2},
-		{"an older wish of the cloud changes nothing", func(b *bus) {
+		// The link lets a smaller rev through only where the cloud counts anew.
+		{"the cloud counts anew", func(b *bus) {
 			b.wish("speed", "40", 5)
 			b.at(20)
 			b.wish("speed", "41", 4)
-		}, target("40", 5, 0, cloud), 1},
+		}, target("41", 6, 20, cloud, wished(4)), 2},
+		{"the cloud counts anew and goes on", func(b *bus) {
+			b.wish("speed", "40", 9)
+			b.at(20)
+			b.wish("speed", "41", 4)
+			b.wish("speed", "42", 5)
+		}, target("42", 11, 20, cloud, wished(5)), 3},
+		{"the cloud counts anew: the field's rev is the larger", func(b *bus) {
+			b.wish("speed", "40", 5)
+			b.at(20)
+			b.mustSet("speed", "35")
+			b.wish("speed", "41", 4)
+		}, target("35", 20, 20, local), 2},
 		{"the same wish again is no new target", func(b *bus) {
 			b.wish("speed", "40", 5)
 			b.at(20)

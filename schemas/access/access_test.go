@@ -32,6 +32,7 @@ func TestMayPublishMatrix(t *testing.T) {
 		topic.KindReportedTwin:         "nm",
 		topic.KindReportedDigest:       "n",
 		topic.KindSet:                  "ml",
+		topic.KindEventGap:             "n",
 		topic.KindEvent:                "nml",
 		topic.KindSyncDesiredRequest:   "n",
 		topic.KindSyncDesiredManifest:  "c",

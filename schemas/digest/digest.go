@@ -113,10 +113,20 @@ func (s *Set) Sum() Hash {
 // Topics lists the topics after the given one, sorted, at most n of them
 // (all for n ≤ 0).
 func (s *Set) Topics(after string, n int) []string {
-	out := make([]string, 0, len(s.topics))
+	size := len(s.topics)
+	if n > 0 { // a page of a large set must not cost sorting it whole
+		size = min(size, 2*n+64)
+	}
+	out := make([]string, 0, size)
+	last := "" // what is behind it is too many
 	for t := range s.topics {
-		if t > after {
-			out = append(out, t)
+		if t <= after || last != "" && t > last {
+			continue
+		}
+		if out = append(out, t); n > 0 && len(out) == 2*n+64 {
+			slices.Sort(out)
+			out = out[:n]
+			last = out[n-1]
 		}
 	}
 	slices.Sort(out)

@@ -101,6 +101,8 @@ func TestRefuses(t *testing.T) {
 		{"set-reply", `{"ok":false}`},
 		{"device-status", `{"uid":"u","rev":1,"state":"online","since":1}`},
 		{"node", `{"agent":"v1"}`},
+		{"event-gap", `{"epoch":"a","from":0,"to":1,"count":1,"bytes":1,"t":1}`},
+		{"event-gap", `{"epoch":"a","from":1,"to":1,"bytes":1,"t":1}`},
 		{"sync-request", `{}`},
 		{"sync-request", `{"want":["fl/n/desired/pod/a/b"]}`},
 		{"sync-manifest", `{"digest":{"epoch":"a","count":1,"sum":"00000000000000000000000000000000"},"topics":{"desired/x":"1"}}`},

@@ -29,11 +29,16 @@ type Link struct {
 	Since int64 `json:"since"`
 	// Agent is the version of the edge agent.
 	Agent string `json:"agent,omitempty"`
+	// Epoch is that of the node's digests: it tells two agents of one name apart.
+	Epoch string `json:"epoch,omitempty"`
+	// Host says on which machine the agent runs, for a person.
+	Host string `json:"host,omitempty"`
 }
 
 // Digest is fl/<node>/desired/digest and fl/<node>/reported/digest.
 type Digest struct {
 	// Epoch names the writer's numbering; revs compare only within one epoch.
+	// Every start of a writer takes a new one, as its store may be an old copy.
 	Epoch string `json:"epoch"`
 	// Count is the number of topics in the set.
 	Count int `json:"count"`
@@ -188,8 +193,10 @@ type SyncRequest struct {
 	// Manifest asks for a page of the manifest, after the topic After.
 	Manifest bool   `json:"manifest,omitempty"`
 	After    string `json:"after,omitempty"`
-	// Want lists topics that the writer shall publish again; one it does not
-	// have is cleared with an empty retained message.
+	// Max bounds the topics of the page; 0 leaves it to the writer.
+	Max int `json:"max,omitempty"`
+	// Want lists topics that the writer shall publish again, before the page;
+	// one it does not have is cleared with an empty retained message.
 	Want []string `json:"want,omitempty"`
 }
 

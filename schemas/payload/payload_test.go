@@ -32,8 +32,8 @@ const (
 // goldens are the payloads as they travel. The file's name begins with the name
 // of its schema in schemas/jsonschema.
 var goldens = map[string]any{
-	"link.online":  payload.Link{Online: true, Since: at, Agent: "v0.1.0"},
-	"link.will":    payload.Link{Since: at, Agent: "v0.1.0"},
+	"link.online":  payload.Link{Online: true, Since: at, Agent: "v0.1.0", Epoch: "0mua3bk9nx4f2", Host: "plant-7 10.1.2.3"},
+	"link.will":    payload.Link{Since: at, Agent: "v0.1.0", Epoch: "0mua3bk9nx4f2", Host: "plant-7 10.1.2.3"},
 	"digest":       payload.Digest{Epoch: "7f3a9c", Count: 2, Sum: hash("a")},
 	"digest.empty": payload.Digest{Epoch: "7f3a9c"},
 
@@ -69,6 +69,7 @@ var goldens = map[string]any{
 
 	"sync-request.first": payload.SyncRequest{Manifest: true},
 	"sync-request.page":  payload.SyncRequest{Manifest: true, After: "desired/device/default/pump-1"},
+	"sync-request.both":  payload.SyncRequest{Manifest: true, After: "desired/device/default/pump-9", Max: 32, Want: []string{"desired/device/default/pump-1"}},
 	"sync-request.want":  payload.SyncRequest{Want: []string{"desired/device/default/pump-1", "desired/twin/default/pump-1/speed"}},
 	"sync-manifest.page": payload.SyncManifest{
 		Digest: payload.Digest{Epoch: "7f3a9c", Count: 2, Sum: hash("a")},
@@ -76,6 +77,9 @@ var goldens = map[string]any{
 	"sync-manifest.last": payload.SyncManifest{
 		Digest: payload.Digest{Epoch: "7f3a9c", Count: 2, Sum: hash("a")}, After: "desired/device/default/pump-1",
 		Topics: map[string]digest.Hash{"desired/twin/default/pump-1/speed": hash("c")}},
+
+	"event-gap":         payload.EventGap{Epoch: "9f86d081884c7d65", From: 18001, To: 20000, Count: 2000, Bytes: 412000, T: at},
+	"event-gap.refused": payload.EventGap{Epoch: "9f86d081884c7d65", From: 20417, To: 20417, Count: 1, Bytes: 6291584, T: at, Err: "a packet of 6291520 bytes is over the broker's limit of 4194304"},
 
 	"device": device.Device{UID: uid, Rev: at, Namespace: "default", Name: "pump-1", Model: "pump-station", Protocol: "modbus",
 		Modbus: &device.ModbusDevice{Address: "192.168.1.20:502", Unit: 1, Timeout: device.Duration(500 * time.Millisecond)},

@@ -48,6 +48,7 @@ const (
 	KindReportedTwin
 	KindReportedDigest
 	KindSet
+	KindEventGap
 	KindEvent
 	KindSyncDesiredRequest
 	KindSyncDesiredManifest
@@ -100,6 +101,7 @@ var specs = []spec{
 	{KindReportedTwin, "reported/twin", shapeProperty, WriterMapper, true},
 	{KindReportedDigest, "reported/digest", shapeNone, WriterNode, true},
 	{KindSet, "set", shapeProperty, WriterLocal, false},
+	{KindEventGap, "event/gap", shapeNone, WriterNode, false}, // before event, whose grammar it follows
 	{KindEvent, "event", shapeOpen, WriterLocal, false},
 	{KindSyncDesiredRequest, "sync/desired/request", shapeNone, WriterNode, false},
 	{KindSyncDesiredManifest, "sync/desired/manifest", shapeNone, WriterCloud, false},
@@ -199,6 +201,10 @@ func ReportedDigest(node string) Topic { return build(node, KindReportedDigest) 
 
 // Set is fl/<node>/set/<ns>/<device>/<property>, written by local clients, not retained.
 func Set(node, ns, device, property string) Topic { return build(node, KindSet, ns, device, property) }
+
+// EventGap is fl/<node>/event/gap, written by the node in the place of events
+// that its log dropped.
+func EventGap(node string) Topic { return build(node, KindEventGap) }
 
 // SyncRequest is where the receiver of a direction asks its writer for repair.
 func SyncRequest(node string, d Direction) Topic {

@@ -44,6 +44,7 @@ var built = []struct {
 		topic.Parsed{Node: "plant-7", Kind: topic.KindReportedDigest}},
 	{topic.Set("plant-7", "default", "pump-1", "speed"), "fl/plant-7/set/default/pump-1/speed",
 		topic.Parsed{Node: "plant-7", Kind: topic.KindSet, Namespace: "default", Name: "pump-1", Property: "speed"}},
+	{topic.EventGap("plant-7"), "fl/plant-7/event/gap", topic.Parsed{Node: "plant-7", Kind: topic.KindEventGap}},
 	{topic.SyncRequest("plant-7", topic.Desired), "fl/plant-7/sync/desired/request",
 		topic.Parsed{Node: "plant-7", Kind: topic.KindSyncDesiredRequest}},
 	{topic.SyncManifest("plant-7", topic.Desired), "fl/plant-7/sync/desired/manifest",
@@ -57,6 +58,8 @@ var built = []struct {
 		topic.Parsed{Node: "a.b", Kind: topic.KindDesiredSecret, Namespace: "default", Name: "tls"}},
 	{topic.Parsed{Node: "a.b", Kind: topic.KindEvent, Rest: "alarm/pump-1/dry run"}.Topic(), "fl/a.b/event/alarm/pump-1/dry run",
 		topic.Parsed{Node: "a.b", Kind: topic.KindEvent, Rest: "alarm/pump-1/dry run"}},
+	{topic.Parsed{Node: "a.b", Kind: topic.KindEvent, Rest: "gaps"}.Topic(), "fl/a.b/event/gaps",
+		topic.Parsed{Node: "a.b", Kind: topic.KindEvent, Rest: "gaps"}},
 }
 
 func TestBuildAndParse(t *testing.T) {
@@ -119,6 +122,7 @@ func TestContract(t *testing.T) {
 		{topic.KindReportedTwin, "reported/twin", mapper, true, topic.Reported},
 		{topic.KindReportedDigest, "reported/digest", node, true, none},
 		{topic.KindSet, "set", local, false, none},
+		{topic.KindEventGap, "event/gap", node, false, none},
 		{topic.KindEvent, "event", local, false, none},
 		{topic.KindSyncDesiredRequest, "sync/desired/request", node, false, none},
 		{topic.KindSyncDesiredManifest, "sync/desired/manifest", cloud, false, none},
@@ -250,6 +254,8 @@ func TestParseRefuses(t *testing.T) {
 		{"fl/n/set/default/pump-1/" + strings.Repeat("a", 64), "property"},
 		{"fl/n/event", "needs a kind of event"},
 		{"fl/n/event/", "needs a kind of event"},
+		{"fl/n/event/gap/", "takes no further level"},
+		{"fl/n/event/gap/x", "takes no further level"},
 		{"fl/n/event/alarm/#", "no wildcard"},
 		{"fl/n/event/alarm/\x00", "no zero byte"},
 	} {

@@ -9,12 +9,12 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
 
+	"github.com/fairlead-io/fairlead/tools/bench/machine"
 	"github.com/fairlead-io/fairlead/tools/stack"
 )
 
@@ -38,9 +38,9 @@ type figure struct {
 
 // report collects figures.
 type report struct {
-	Machine machine  `json:"machine"`
-	Date    string   `json:"date"`
-	Figures []figure `json:"figures"`
+	Machine machine.Machine `json:"machine"`
+	Date    string          `json:"date"`
+	Figures []figure        `json:"figures"`
 }
 
 func (r *report) add(name string, value, bound float64, unit, detail string, args ...any) {
@@ -72,7 +72,7 @@ type bench struct {
 func run(ctx context.Context, args []string) (err error) {
 	var bin, dir, out string
 	var only []string
-	b := &bench{r: &report{Machine: describe(), Date: time.Now().UTC().Format("2006-01-02")}}
+	b := &bench{r: &report{Machine: machine.Describe(), Date: time.Now().UTC().Format("2006-01-02")}}
 	fs := pflag.NewFlagSet("bench", pflag.ContinueOnError)
 	fs.StringVar(&bin, "bin", "bin", "folder of the binaries that the task build makes")
 	fs.StringVar(&dir, "dir", "", "data folder; a temporary one by default")
@@ -146,17 +146,4 @@ func quantile(d []time.Duration, q float64) float64 {
 	slices.Sort(d)
 	i := min(int(q*float64(len(d))), len(d)-1)
 	return float64(d[i].Microseconds()) / 1000
-}
-
-type machine struct {
-	CPU    string `json:"cpu"`
-	Cores  int    `json:"cores"`
-	Memory string `json:"memory"`
-	OS     string `json:"os"`
-	Kernel string `json:"kernel"`
-	Go     string `json:"go"`
-}
-
-func (m machine) String() string {
-	return strings.Join([]string{m.CPU, fmt.Sprintf("%d cores", m.Cores), m.Memory, m.OS, "Linux " + m.Kernel, m.Go}, ", ")
 }

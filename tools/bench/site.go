@@ -16,6 +16,7 @@ import (
 	"github.com/fairlead-io/fairlead/broker/client"
 	"github.com/fairlead-io/fairlead/schemas/payload"
 	"github.com/fairlead-io/fairlead/schemas/topic"
+	"github.com/fairlead-io/fairlead/tools/bench/machine"
 	"github.com/fairlead-io/fairlead/tools/stack"
 	"github.com/fairlead-io/fairlead/tools/testslave"
 )
@@ -194,22 +195,22 @@ func pause(ctx context.Context, d time.Duration) {
 func (b *bench) memory(ctx context.Context, bin string) error {
 	const rest = 60 * time.Second
 	say("memory and CPU of the idle agent, one device, after %s", rest)
-	cpu0, err := cpuOf(b.edge.PID())
+	cpu0, err := machine.CPUOf(b.edge.PID())
 	if err != nil {
 		return err
 	}
 	began := time.Now()
 	pause(ctx, rest)
-	cpu1, err := cpuOf(b.edge.PID())
+	cpu1, err := machine.CPUOf(b.edge.PID())
 	if err != nil {
 		return err
 	}
-	m, err := memoryOf(b.edge.PID())
+	m, err := machine.MemoryOf(b.edge.PID())
 	if err != nil {
 		return err
 	}
-	b.r.add("fairlead-edge idle, PSS", m.pss/1024, 40, "MB", "RSS %.1f MB", m.rss/1024)
-	b.r.add("fairlead-edge idle, anonymous", m.anon/1024, 12, "MB", "")
+	b.r.add("fairlead-edge idle, PSS", m.PSS/1024, 40, "MB", "RSS %.1f MB", m.RSS/1024)
+	b.r.add("fairlead-edge idle, anonymous", m.Anon/1024, 12, "MB", "")
 	b.r.add("fairlead-edge idle, CPU", 100*(cpu1-cpu0)/time.Since(began).Seconds(), 0, "%", "of a core, a mapper polling every %s on its bus", pollInterval)
 	size, err := fileSize(filepath.Join(bin, "fairlead-edge"))
 	if err != nil {
@@ -217,11 +218,11 @@ func (b *bench) memory(ctx context.Context, bin string) error {
 	}
 	b.r.add("fairlead-edge binary", size/(1<<20), 40, "MB", "static, stripped")
 	for name, p := range map[string]*stack.Process{"fairlead-cloud": b.s.Cloud} {
-		m, err := memoryOf(p.PID())
+		m, err := machine.MemoryOf(p.PID())
 		if err != nil {
 			return err
 		}
-		b.r.add(name+" idle, PSS", m.pss/1024, 0, "MB", "anonymous %.1f MB", m.anon/1024)
+		b.r.add(name+" idle, PSS", m.PSS/1024, 0, "MB", "anonymous %.1f MB", m.Anon/1024)
 	}
 	return nil
 }

@@ -50,6 +50,13 @@ func TestExternalBroker(t *testing.T) {
 	kubectl(t, "-n", s.ns, "patch", "device", "pump-1", "--type", "merge", "-p", `{"spec":{"desired":{"speed":33}}}`)
 	s.register(speedHolding, 33)
 	s.agree()
+	events := watch(t, fab.CloudLocal, "fl/"+s.edge.Node+"/event/#")
+	eventually(t, "events come through", func() (string, bool) {
+		if err := publish(s.edge.Bus, "fl/"+s.edge.Node+"/event/alarm", "dry run"); err != nil {
+			t.Fatal(err)
+		}
+		return "", len(events.lines) > 0
+	})
 
 	broker.Kill() // with all it held, as it has no persistence
 	if err := s.set("speed", "34"); err != nil {

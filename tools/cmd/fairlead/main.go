@@ -126,7 +126,7 @@ func (a *app) command() *cobra.Command {
 	f.StringVarP(&a.namespace, "namespace", "n", "default", "namespace of a device that is named without one")
 	f.StringVarP(&a.output, "output", "o", "table", "table or json")
 	f.DurationVar(&a.timeout, "timeout", 5*time.Second, "how long to wait for an answer")
-	root.AddCommand(a.tokenCommand(), a.nodesCommand(), a.devicesCommand(), a.twinCommand(), a.topicsCommand(), a.traceCommand(),
+	root.AddCommand(a.tokenCommand(), a.nodesCommand(), a.devicesCommand(), a.twinCommand(), a.topicsCommand(), a.traceCommand(), a.eventsCommand(), a.storeCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 			Run: func(*cobra.Command, []string) { fmt.Fprintln(a.out, buildVersion()) },
