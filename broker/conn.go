@@ -49,7 +49,6 @@ type conn struct {
 	bye     bool   // it sent DISCONNECT 0x00: no Will
 	expiry  uint32 // of the session, as asked for
 	pending []op   // for the core, until the next read from the socket
-	over    bool   // its packets are of no interest any more
 	unacked atomic.Int32
 
 	hang   sync.Once

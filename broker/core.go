@@ -599,16 +599,16 @@ func (b *Broker) write(sb *store.Batch, sync bool) error {
 
 // putWills adds the Wills that changed; they stay noted until a commit took
 // them. Unsynced, they would stay in the process's own memory.
-func (b *Broker) putWills(sb *store.Batch) (any bool) {
+func (b *Broker) putWills(sb *store.Batch) (put bool) {
 	for id, w := range b.wills {
-		any = true
+		put = true
 		if w == nil {
 			sb.DeleteWill(id)
 		} else if err := sb.PutWill(*w); err != nil {
 			b.log.Error("will not stored", "client", id, "error", err)
 		}
 	}
-	return any
+	return put
 }
 
 // durability is the rule for a topic.

@@ -1034,7 +1034,7 @@ func (c *mClient) differs(o *mOwed, pk packets.Packet) error {
 	if c.v < 5 {
 		return nil
 	}
-	left := time.Until(o.m.expires).Seconds()
+	left := max(time.Until(o.m.expires).Seconds(), 0)
 	if got := float64(pk.Properties.MessageExpiryInterval); got < left-1.01 || got > left+1.01 { // [MQTT-3.3.2-6]
 		return fmt.Errorf("%q expires in %v s, want about %v", pk.Payload, got, left)
 	}

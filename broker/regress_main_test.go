@@ -645,7 +645,7 @@ func (s setup) serveStock(d *disk) (*served, error) {
 	if err != nil {
 		return nil, err
 	}
-	free, err := net.Listen("tcp", "127.0.0.1:0") // its WebSocket listener does not tell its port
+	free, err := net.Listen("tcp", "127.0.0.1:0") // its WebSocket listener does not tell its port,
 	if err != nil {
 		return nil, err
 	}
@@ -655,6 +655,16 @@ func (s setup) serveStock(d *disk) (*served, error) {
 		srv.AddListener(listeners.NewNet("tcp", l)),
 		srv.AddListener(listeners.NewWebsocket(listeners.Config{ID: "ws", Address: ws})),
 		srv.Serve())
+	for deadline := time.Now().Add(patience); err == nil; time.Sleep(time.Millisecond) { // nor when it listens
+		c, e := net.Dial("tcp", ws)
+		if e == nil {
+			_ = c.Close()
+			break
+		}
+		if time.Now().After(deadline) {
+			err = e
+		}
+	}
 	return &served{addr: "mqtt://" + l.Addr().String(), ws: "ws://" + ws + "/mqtt", disk: d.command, stop: func() { _ = srv.Close() }}, err
 }
 

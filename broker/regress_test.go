@@ -112,6 +112,7 @@ var regressions = []regress{
 			sub.sub("a", 1)
 			sub.bye(0)
 			pub := x.join(5, "pub")
+			pub.ping() // stock mochi stores the client after CONNACK
 			if err := x.disk("hold"); err != nil {
 				return err
 			}
@@ -427,6 +428,7 @@ var regressions = []regress{
 			c := x.join(5, "c")
 			c.subs(packets.Subscription{Filter: "a/b", Qos: 1})
 			c.subs(packets.Subscription{Filter: "a/+", Qos: 1, RetainAsPublished: true})
+			c.ping() // stock mochi looks for retained messages after SUBACK
 			pub := x.join(5, "pub")
 			pub.pub("a/b", "x", 1, retained)
 			pub.pub("a/b", "end", 1)

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"slices"
 	"time"
 )
@@ -39,6 +40,11 @@ func Settle(s *Store) {
 
 // Flush moves what the log holds into a table.
 func Flush(s *Store) error { return s.db.Flush() }
+
+// Compact compacts everything.
+func Compact(s *Store) error {
+	return s.db.Compact(context.Background(), []byte{0}, []byte{0xff}, false)
+}
 
 // PutRaw stores any bytes under any key.
 func PutRaw(s *Store, k, v []byte) error { return s.db.Set(k, v, nil) }

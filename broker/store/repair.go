@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -120,6 +121,13 @@ func salvage(r *RepairReport, dir, tmp string, progress func(int)) (err error) {
 		return errors.Join(s.tables(dir), s.logs(dir))
 	})
 	if err != nil {
+		return err
+	}
+	// A record that came from a table and from a log is there twice, and what is
+	// removed with a SingleDelete must be there once.
+	if err := to.guard(func() error {
+		return to.db.Compact(context.Background(), []byte{0}, []byte{0xff}, false)
+	}); err != nil {
 		return err
 	}
 	r.Salvaged, err = to.Counts()

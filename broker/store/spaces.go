@@ -25,11 +25,16 @@ type space struct {
 // spaces are all kinds of records: check, dump and repair know a record by what
 // stands here. A new key space is one line.
 var spaces = map[byte]space{
-	keyFormat[0]: {"format", showFormat},
-	keyRetained:  {"retained", showRetained},
-	keyWill:      {"wills", showWill},
-	keyEvent:     {"events", showEvent},
-	keyMark:      {"eventMarks", showMark},
+	keyFormat[0]:    {"format", showFormat},
+	keyRetained:     {"retained", showRetained},
+	keyWill:         {"wills", showWill},
+	keySession:      {"sessions", showSession},
+	keySubscription: {"subscriptions", showSubscription},
+	keyQueued:       {"queued", showQueued},
+	keyReleased:     {"released", showReleased},
+	keyReceived:     {"received", showReceived},
+	keyEvent:        {"events", showEvent},
+	keyMark:         {"eventMarks", showMark},
 }
 
 // spaceName is the name of a key space, known or not.

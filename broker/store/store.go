@@ -11,6 +11,7 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -666,6 +667,9 @@ func decodeRetained(topic string, v []byte) (Retained, error) {
 type logger struct{ s *Store }
 
 func (l *logger) Infof(format string, args ...any) {
+	if !l.s.log.Enabled(context.Background(), slog.LevelDebug) {
+		return // Pebble tells of every flush
+	}
 	l.s.log.Debug("pebble", "message", fmt.Sprintf(format, args...))
 }
 
