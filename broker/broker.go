@@ -380,22 +380,31 @@ func (b *Broker) undo(undo map[topic.Topic]before) {
 // checkpoint writes the readings that changed since the last one, and Wills
 // that could not be written before.
 func (b *Broker) checkpoint() {
-	if len(b.dirty) == 0 && len(b.wills) == 0 {
-		return
-	}
-	sb := b.store.NewBatch()
-	for t := range b.dirty {
-		if m, ok := b.retained.get(t); ok {
-			sb.PutRetained(record(m))
+	if len(b.dirty) > 0 {
+		rs := make([]store.Retained, 0, len(b.dirty))
+		for t := range b.dirty {
+			if m, ok := b.retained.get(t); ok {
+				rs = append(rs, record(m))
+			}
+		}
+		began := time.Now()
+		if err := b.store.Checkpoint(rs); err != nil {
+			b.metrics.storeErrors.Inc()
+			b.log.Warn("readings not checkpointed, will try again", "topics", len(b.dirty), "error", err)
+		} else {
+			b.metrics.syncs.Observe(time.Since(began).Seconds())
+			clear(b.dirty)
 		}
 	}
-	b.putWills(sb)
-	if err := b.write(sb, true); err != nil {
-		b.log.Warn("readings not checkpointed, will try again", "topics", len(b.dirty), "error", err)
-		return
+	if len(b.wills) > 0 {
+		sb := b.store.NewBatch()
+		b.putWills(sb)
+		if err := b.write(sb, true); err != nil {
+			b.log.Warn("wills not stored, will try again", "clients", len(b.wills), "error", err)
+			return
+		}
+		clear(b.wills)
 	}
-	clear(b.dirty)
-	clear(b.wills)
 }
 
 // expire removes retained messages whose time is over. Nobody is told but the

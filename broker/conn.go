@@ -154,7 +154,8 @@ func (c *conn) write() {
 			return
 		}
 		c.mu.again = false
-		buf := append((*p)[:0], c.mu.answers...)
+		buf := (*p)[:0]
+		buf = append(buf, c.mu.answers...)
 		if cap(c.mu.answers) > 4096 {
 			c.mu.answers = nil
 		} else {

@@ -29,7 +29,7 @@ func seed() uint64 {
 	if *seedFlag != 0 {
 		return *seedFlag
 	}
-	return uint64(time.Now().UnixNano()) //nolint:gosec // any number will do
+	return uint64(time.Now().UnixNano())
 }
 
 // wire is one MQTT connection, for clients that follow the protocol from its

@@ -36,7 +36,7 @@ type outPublish struct {
 
 // append adds the packet and gives its size.
 func (p *outPublish) append(buf []byte, v5 bool, now time.Time) ([]byte, int) {
-	first := byte(packets.Publish)<<4 | p.qos<<1
+	first := packets.Publish<<4 | p.qos<<1
 	if p.retain {
 		first |= 1
 	}

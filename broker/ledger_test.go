@@ -417,7 +417,7 @@ func (l *ledger) answered(c *lClient, pk packets.Packet) []packets.Packet {
 	if pk.ReasonCode >= 0x80 && !(pk.FixedHeader.Type == packets.Pubcomp && pk.ReasonCode == packets.ErrPacketIdentifierNotFound.Code) {
 		l.fail(c, "%s of %s: 0x%02x %s", packets.PacketNames[pk.FixedHeader.Type], m.key, pk.ReasonCode, pk.Properties.ReasonString)
 	}
-	if want := byte(packets.Puback); (m.qos == 1) != (pk.FixedHeader.Type == want) {
+	if want := packets.Puback; (m.qos == 1) != (pk.FixedHeader.Type == want) {
 		l.fail(c, "%s %d for %s of QoS %d", packets.PacketNames[pk.FixedHeader.Type], pk.PacketID, m.key, m.qos)
 		return nil
 	}

@@ -41,7 +41,7 @@ func newMetrics(r prometheus.Registerer, b *Broker) *metrics {
 	counter := func(name, help string, n *atomic.Uint64) prometheus.Collector {
 		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(n.Load()) })
 	}
-	r.MustRegister(m.slow, m.storeErrors, m.expired, m.refused, m.dropped, m.syncs,
+	r.MustRegister(b.store, m.slow, m.storeErrors, m.expired, m.refused, m.dropped, m.syncs,
 		counter("fairlead_broker_publishes_received_total", "PUBLISH packets from clients.", &b.stats.publishReceived),
 		counter("fairlead_broker_publishes_sent_total", "PUBLISH packets to clients.", &b.stats.publishSent),
 		counter("fairlead_broker_bytes_received_total", "Bytes from clients, as MQTT.", &b.stats.bytesReceived),
@@ -51,7 +51,6 @@ func newMetrics(r prometheus.Registerer, b *Broker) *metrics {
 		gauge("fairlead_broker_session_messages", "Messages that wait for such sessions.", func() float64 { return float64(b.stats.queued.Load()) }),
 		gauge("fairlead_broker_session_bytes", "Bytes that wait for such sessions.", func() float64 { return float64(b.stats.queuedBytes.Load()) }),
 		gauge("fairlead_broker_retained_messages", "Retained messages.", func() float64 { return float64(b.retained.len()) }),
-		gauge("fairlead_broker_store_bytes", "Size of the store on disk.", func() float64 { return float64(b.store.DiskUsage()) }),
 		gauge("fairlead_broker_queue_length", "Operations waiting for the core.", func() float64 { return float64(b.inbox.len()) }),
 	)
 	return m

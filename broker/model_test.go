@@ -417,7 +417,7 @@ func (m *model) elapse() {
 // the broker may not have come to it.
 func (m *model) freshWill() bool {
 	for _, c := range m.clients {
-		if c.pending != nil && c.pending.due.Sub(time.Now()) < 100*time.Millisecond {
+		if c.pending != nil && time.Until(c.pending.due) < 100*time.Millisecond {
 			return true
 		}
 	}
@@ -555,6 +555,7 @@ func (m *model) connect(c *mClient, st step) error {
 	c.pending = nil
 	present := c.s != nil
 	if !present {
+		c.owed0 = nil
 		c.s = &mSession{subs: map[string]mSub{}, recv: map[uint16]bool{}}
 	}
 	c.s.expiry, c.s.ends = st.expiry, time.Time{}
@@ -581,8 +582,8 @@ func (m *model) connect(c *mClient, st step) error {
 			pk.Connect.WillQos, pk.Connect.WillRetain, pk.Connect.WillProperties = w.WillQos, w.WillRetain, w.WillProperties
 		}
 		if c.v == 5 {
-			pk.Properties.ReceiveMaximum = uint16(st.n)        //nolint:gosec // small
-			pk.Properties.TopicAliasMaximum = uint16(st.n) * 2 //nolint:gosec // small
+			pk.Properties.ReceiveMaximum = uint16(st.n)
+			pk.Properties.TopicAliasMaximum = uint16(st.n) * 2
 		}
 	}))
 	if err != nil {
@@ -636,8 +637,11 @@ func (m *model) left(c *mClient, quiet, clean bool) error {
 	c.conn++
 	c.mu.in, c.mu.err = nil, nil
 	c.mu.Unlock()
-	c.w, c.held, c.owed0 = nil, nil, nil
+	// The rest of a replay may still come to the session's next connection.
+	c.owed0 = slices.DeleteFunc(c.owed0, func(o *mOwed) bool { o.optional = true; return o.filter == "" })
+	c.w, c.held = nil, nil
 	now := time.Now()
+	defer time.Sleep(3 * time.Millisecond) // no two Wills are due at the same time
 	s := c.s
 	if s.expiry == 0 {
 		c.s = nil
@@ -815,7 +819,7 @@ func (m *model) publish(c *mClient, st step) error {
 	if msg.qos == 0 {
 		return nil
 	}
-	kind := byte(packets.Puback)
+	kind := packets.Puback
 	if msg.qos == 2 {
 		kind = packets.Pubrec
 	}
@@ -892,6 +896,17 @@ func (m *model) restart() error {
 			}
 		}
 	}
+	// MQTT does not say whether the delay of a Will goes on while the server is
+	// down: it is waited for.
+	for _, c := range m.clients {
+		if c.pending != nil {
+			time.Sleep(max(time.Until(c.pending.due), 0) + 1130*time.Millisecond)
+			m.elapse()
+			if err := m.settle(); err != nil {
+				return err
+			}
+		}
+	}
 	if err := m.b.Close(); err != nil {
 		return err
 	}
@@ -960,7 +975,7 @@ func (m *model) receive(c *mClient, pk packets.Packet) error {
 		if err := c.got(pk); err != nil {
 			return err
 		}
-		kind := byte(packets.Puback)
+		kind := packets.Puback
 		if pk.FixedHeader.Qos == 2 {
 			kind = packets.Pubrec
 		}

@@ -373,7 +373,9 @@ func BenchmarkDesired(b *testing.B) {
 		}
 		b.StopTimer()
 		cancel()
-		<-done
+		if err := <-done; err != nil {
+			b.Fatal(err)
+		}
 		b.StartTimer()
 	}
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "topics/s")
