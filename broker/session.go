@@ -265,7 +265,9 @@ func (s *session) fill(c *conn, buf []byte) (out []byte, page, ask bool) {
 	i := 0
 	for ; i < len(s.mu.waiting) && len(buf) < maxWrite; i++ {
 		e := s.mu.waiting[i]
-		if e.m.expired(now) {
+		// One of QoS 2 that may have gone out goes out again, or the client would
+		// wait for its PUBREL for ever [MQTT-4.3.3-7].
+		if e.m.expired(now) && (e.qos < 2 || !e.dup) {
 			s.b.metrics.drop("expired", 1)
 			s.finish(e)
 			s.mu.bytes -= e.size
