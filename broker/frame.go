@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/mochi-mqtt/server/v2/packets"
 )
 
 // maxConnect bounds the first packet: nobody is known yet.
@@ -39,7 +41,9 @@ type frameConn struct {
 	ending atomic.Bool // the deadline is the last one
 
 	first    bool   // the CONNECT is not complete yet
-	body     []byte // of the CONNECT, until it was looked at
+	kind     byte   // first byte of the packet in progress
+	keep     int    // how much of its body is looked at
+	body     []byte // that much
 	v5       bool
 	deadline time.Time // as set last
 
@@ -149,7 +153,11 @@ func (c *frameConn) refuse() error {
 			_, _ = c.Write(disconnect(c.failed))
 		}
 		b, remote := c.client.b, c.RemoteAddr().String()
-		b.metrics.refused.WithLabelValues("packet_size").Inc()
+		why := "packet_size"
+		if _, ok := c.failed.(packets.Code); ok { //nolint:errorlint // made by follow
+			why = "malformed"
+		}
+		b.metrics.refused.WithLabelValues(why).Inc()
 		b.denied.log(b.log, "packet refused", remote, "remote", remote, "listener", c.client.listener, "error", c.failed)
 	}
 	return c.failed
@@ -167,11 +175,17 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 				if i := 6 - int64(c.pos); i >= 0 && i < int64(n) {
 					c.v5 = p[i] == 5
 				}
-				c.body = append(c.body, p[:n]...)
 				c.pos += n
 			}
+			room := c.keep - len(c.body)
+			c.body = append(c.body, p[:min(int(n), room)]...)
 			c.remain -= n
 			p = p[n:]
+			if c.keep > 0 && (c.remain == 0 || room > 0 && len(c.body) == c.keep) && !c.first {
+				if code := checkBody(c.kind, c.body, c.remain == 0); code != packets.CodeSuccess {
+					return good, code
+				}
+			}
 			if c.remain == 0 {
 				c.inHeader, c.header, c.shift, c.first = true, 0, 0, false
 			}
@@ -184,7 +198,7 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 		p = p[1:]
 		c.header++
 		if c.header == 1 {
-			c.remain = 0
+			c.kind, c.remain = b, 0
 			continue
 		}
 		c.remain |= uint32(b&0x7f) << c.shift
@@ -202,6 +216,14 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 		if c.remain+c.header > limit {
 			return good, errTooLarge{c.remain + c.header, limit}
 		}
+		switch {
+		case c.first:
+			c.keep = maxConnect
+		case c.v5:
+			c.keep, c.body = bodyToCheck(c.kind), c.body[:0]
+		default:
+			c.keep = 0
+		}
 		c.inHeader = c.remain == 0
 		if c.inHeader {
 			c.header, c.shift, c.first = 0, 0, false
@@ -210,14 +232,17 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 	return good, nil
 }
 
-// disconnect is a DISCONNECT with the reason code of the error, 0x95 or 0x81,
+// disconnect is a DISCONNECT with the reason code of the error
 // and its text as the reason string [MQTT-3.14.2.1].
 func disconnect(err error) []byte {
-	code := byte(codePacketTooLarge)
-	if errors.Is(err, errLength) {
+	code, reason := byte(codePacketTooLarge), err.Error()
+	var c packets.Code
+	switch {
+	case errors.Is(err, errLength):
 		code = codeMalformed
+	case errors.As(err, &c):
+		code, reason = c.Code, c.Reason
 	}
-	reason := err.Error()
 	reason = reason[:min(len(reason), 100)]
 	props := append([]byte{0x1f, 0, byte(len(reason))}, reason...)
 	body := append([]byte{code, byte(len(props))}, props...)

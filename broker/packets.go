@@ -170,7 +170,7 @@ func (c *conn) connect() error {
 	if c.v5 && code == packets.CodeSuccess {
 		code = checkConnectProperties(c.fc.body, pk.Connect.WillFlag)
 	}
-	c.fc.body = nil
+	c.fc.body, c.fc.keep = nil, 0
 	if code != packets.CodeSuccess {
 		return errors.Join(code, c.connack(code, false))
 	}

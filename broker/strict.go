@@ -6,8 +6,62 @@ import (
 	"github.com/mochi-mqtt/server/v2/packets"
 )
 
-// mochi takes the last of several equal properties, and values that mean
-// nothing. For a CONNECT, which decides what follows, that is made up for here.
+// mochi takes the last of several equal properties, values that mean nothing,
+// and reserved bits. That is made up for here, on the bytes before it gets them.
+
+// bodyToCheck is how much of a packet's body is looked at: of a PUBLISH, its
+// topic and properties, if they are not longer than that.
+func bodyToCheck(first byte) int {
+	switch first >> 4 {
+	case packets.Publish:
+		return 1 << 10
+	case packets.Subscribe:
+		return 64 << 10
+	}
+	return 0
+}
+
+// checkBody checks what is known of a PUBLISH or SUBSCRIBE of MQTT 5. What is
+// cut short or has wrong lengths is left to mochi.
+func checkBody(first byte, body []byte, whole bool) packets.Code {
+	switch first >> 4 {
+	case packets.Publish:
+		if len(body) < 2 {
+			return packets.CodeSuccess
+		}
+		at := 2 + int(binary.BigEndian.Uint16(body))
+		if first&0x06 != 0 {
+			at += 2
+		}
+		if at >= len(body) || body[at] == 0 {
+			return packets.CodeSuccess
+		}
+		if n, w := binary.Uvarint(body[at:]); w <= 0 || n > uint64(len(body)-at-w) {
+			return packets.CodeSuccess
+		}
+		_, code := skipProperties(body[at:])
+		return code
+	case packets.Subscribe:
+		if len(body) < 3 || !whole {
+			return packets.CodeSuccess
+		}
+		rest, code := skipProperties(body[2:])
+		if code != packets.CodeSuccess {
+			return code
+		}
+		for len(rest) > 2 {
+			n := 2 + int(binary.BigEndian.Uint16(rest))
+			if n >= len(rest) {
+				break
+			}
+			if rest[n]&0xc0 != 0 { // [MQTT-3.8.3-5]
+				return packets.ErrMalformedPacket
+			}
+			rest = rest[n+1:]
+		}
+	}
+	return packets.CodeSuccess
+}
 
 // checkConnectProperties checks the properties in the body of a CONNECT of
 // MQTT 5 that mochi has decoded, so that all its lengths are right.
@@ -66,8 +120,8 @@ func allZero(b []byte) bool {
 	return true
 }
 
-// propertySize is how many bytes the value of a property has that CONNECT or
-// its Will may have.
+// propertySize is how many bytes the value of a property has that a client may
+// send in a CONNECT, a Will, a PUBLISH or a SUBSCRIBE.
 func propertySize(id byte, p []byte) (size int, ok bool) {
 	text := func(p []byte) int {
 		if len(p) < 2 {
@@ -78,7 +132,10 @@ func propertySize(id byte, p []byte) (size int, ok bool) {
 	switch id {
 	case packets.PropPayloadFormat, packets.PropRequestProblemInfo, packets.PropRequestResponseInfo:
 		return 1, true
-	case packets.PropReceiveMaximum, packets.PropTopicAliasMaximum:
+	case packets.PropSubscriptionIdentifier:
+		_, w := binary.Uvarint(p)
+		return w, w > 0 && w <= 4
+	case packets.PropReceiveMaximum, packets.PropTopicAliasMaximum, packets.PropTopicAlias:
 		return 2, true
 	case packets.PropMessageExpiryInterval, packets.PropSessionExpiryInterval, packets.PropWillDelayInterval, packets.PropMaximumPacketSize:
 		return 4, true

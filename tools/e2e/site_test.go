@@ -179,7 +179,11 @@ func eventually(t *testing.T, what string, ok func() (string, bool)) {
 	}
 }
 
+// split makes mosquitto's arguments of a broker's address.
 func split(addr string) []string {
+	if path, ok := strings.CutPrefix(addr, "unix://"); ok {
+		return []string{"--unix", path}
+	}
 	h, p, err := net.SplitHostPort(addr)
 	if err != nil {
 		panic(err)

@@ -94,38 +94,37 @@ func (f *flow) seen(s *segment) {
 	}
 }
 
-func (l *Line) endLocked(f *flow) {
+// endLocked ends a connection and gives the RST for each end, as far as its
+// sequence numbers are known. Where more has arrived since an end named what it
+// wants next, it answers this one with an ACK, and gets the right one.
+func (l *Line) endLocked(f *flow) (up, down []byte) {
 	f.dead = true
 	l.mu.resets++
+	if f.host.known {
+		up = makeReset(f.key.node, f.key.host, f.host.next, 0, flagRST)
+	}
+	if f.node.known {
+		down = makeReset(f.key.host, f.key.node, f.node.next, 0, flagRST)
+	}
+	return up, down
 }
 
 // Reset ends every TCP connection, as a NAT that restarted does: both ends get
 // a RST, and another in answer to whatever they go on to send.
 func (l *Line) Reset() {
-	var up, down [][]byte
+	var ups, downs [][]byte
 	l.mu.Lock()
 	for k, f := range l.mu.flows {
 		if f.dead {
 			delete(l.mu.flows, k) // its end was long ago
 			continue
 		}
-		l.endLocked(f)
-		// Where more has arrived since it said so, an end answers this one with
-		// an ACK, and gets the right one.
-		if f.node.known {
-			down = append(down, makeReset(k.host, k.node, f.node.next, 0, flagRST))
-		}
-		if f.host.known {
-			up = append(up, makeReset(k.node, k.host, f.host.next, 0, flagRST))
-		}
+		up, down := l.endLocked(f)
+		ups, downs = append(ups, up), append(downs, down)
 	}
 	l.mu.Unlock()
-	for _, b := range up {
-		_, _ = l.up.to.Write(b)
-	}
-	for _, b := range down {
-		_, _ = l.down.to.Write(b)
-	}
+	l.up.write(ups...)
+	l.down.write(downs...)
 }
 
 // makeReset makes an IPv4 packet with a TCP segment of flags alone.

@@ -269,6 +269,10 @@ func ifup(name string, a netip.Addr, bits int) error {
 		}
 	}
 	if err == nil {
+		ifr.SetUint32(maxQueue) // the device's own queue drops what the program is late to read
+		err = unix.IoctlIfreq(fd, unix.SIOCSIFTXQLEN, ifr)
+	}
+	if err == nil {
 		ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
 		err = unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
 	}

@@ -127,7 +127,7 @@ func TestBad(t *testing.T) {
 
 // Datagrams show what happens to packets.
 func TestPackets(t *testing.T) {
-	const n = 500
+	const n = 200
 	for _, x := range []struct {
 		name       string
 		path       Path

@@ -45,21 +45,31 @@ func (p *path) read() {
 		if n < 20 || b[0]>>4 != 4 {
 			continue // the kernel looks for IPv6 routers
 		}
-		if answer := p.take(b[:n]); answer != nil {
-			_, _ = p.from.Write(answer) // lost, as a packet may be
+		up, down := p.take(b[:n])
+		p.l.up.write(up)
+		p.l.down.write(down)
+	}
+}
+
+// write hands packets over at once; a nil one is none.
+func (p *path) write(packets ...[]byte) {
+	for _, b := range packets {
+		if b != nil {
+			_, _ = p.to.Write(b) // lost, as a packet may be
 		}
 	}
 }
 
-// take puts a packet on its way, or gives the RST that answers it.
-func (p *path) take(b []byte) (answer []byte) {
+// take puts a packet on its way. Where its connection is over it gives what is
+// to be told to whom.
+func (p *path) take(b []byte) (up, down []byte) {
 	l := p.l
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c := p.conditionsLocked()
 	if c.Cut {
 		p.stats.Cut++
-		return nil
+		return nil, nil
 	}
 	s, tcp := parseSegment(b, p == l.up)
 	var f *flow
@@ -67,19 +77,21 @@ func (p *path) take(b []byte) (answer []byte) {
 		f = l.flowLocked(&s)
 		if f.dead {
 			p.stats.Cut++
-			return s.reset()
+			if s.up {
+				return nil, s.reset()
+			}
+			return s.reset(), nil
 		}
 		f.seen(&s)
 		f.bytes += int64(len(b))
 		if most := l.mu.conditions.FlowBytes; most > 0 && f.bytes > most {
-			l.endLocked(f)
 			p.stats.Cut++
-			return s.reset()
+			return l.endLocked(f)
 		}
 	}
 	if l.mu.rng.Float64() < c.Loss {
 		p.stats.Lost++
-		return nil
+		return nil, nil
 	}
 	p.queueLocked(c, b, f)
 	if l.mu.rng.Float64() < c.Duplicate {
@@ -90,7 +102,7 @@ func (p *path) take(b []byte) (answer []byte) {
 	case p.wake <- struct{}{}:
 	default:
 	}
-	return nil
+	return nil, nil
 }
 
 func (p *path) queueLocked(c *Path, b []byte, f *flow) {
@@ -133,7 +145,7 @@ func (p *path) deliver() {
 				timer.Reset(wait)
 				break
 			}
-			_, _ = p.to.Write(b) // lost, as a packet may be
+			p.write(b)
 		}
 	}
 }

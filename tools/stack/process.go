@@ -37,10 +37,11 @@ type Process struct {
 	once sync.Once
 }
 
-// start runs a program. ready, where it is not nil, sees its standard output
+// start runs a program. enter, where it is not nil, moves the thread that starts
+// it to where it is to run, such as a network namespace. ready, where it is not nil, sees its standard output
 // line by line; start returns when ready said true, or with an error that ends
 // in the log's last lines when the program ended first.
-func start(ctx context.Context, logDir, name, program string, args []string, ready func(line string) bool) (*Process, error) {
+func start(ctx context.Context, enter func() error, logDir, name, program string, args []string, ready func(line string) bool) (*Process, error) {
 	p := &Process{Name: name, Log: filepath.Join(logDir, name+".log"), done: make(chan struct{})}
 	f, err := os.OpenFile(p.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -62,9 +63,15 @@ func start(ctx context.Context, logDir, name, program string, args []string, rea
 	isReady := make(chan struct{})
 	go func() {
 		// Pdeathsig is sent when the thread that started the child ends, so the
-		// thread stays as long as the child does.
+		// thread stays as long as the child does, and ends with the goroutine.
 		runtime.LockOSThread()
-		err := p.cmd.Start()
+		var err error
+		if enter != nil {
+			err = enter()
+		}
+		if err == nil {
+			err = p.cmd.Start()
+		}
 		started <- err
 		if err != nil {
 			close(p.done)

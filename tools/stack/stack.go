@@ -46,10 +46,13 @@ type Stack struct {
 type Edge struct {
 	*Process
 	Node string
-	// Bus is the node's MQTT address, host:port.
+	// Bus is the node's MQTT address, host:port or unix:///path.
 	Bus     string
 	Dir     string
 	Metrics string
+	// Enter moves the calling thread to where the node's programs are to run, such
+	// as a network namespace; nil leaves them here. Bus is a unix:// one there.
+	Enter func() error
 }
 
 // startTimeout bounds the start of one part.
@@ -94,9 +97,13 @@ func (s *Stack) bin(name string) string { return filepath.Join(s.Bin, name) }
 func (s *Stack) log() string { return filepath.Join(s.Dir, "log") }
 
 func (s *Stack) start(ctx context.Context, name, program string, args []string, ready func(string) bool) (*Process, error) {
+	return s.startIn(ctx, nil, name, program, args, ready)
+}
+
+func (s *Stack) startIn(ctx context.Context, enter func() error, name, program string, args []string, ready func(string) bool) (*Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	p, err := start(ctx, s.log(), name, s.bin(program), args, ready)
+	p, err := start(ctx, enter, s.log(), name, s.bin(program), args, ready)
 	if err != nil {
 		return nil, err
 	}
@@ -196,7 +203,7 @@ func (s *Stack) StartBridge(ctx context.Context, broker string, extra ...string)
 // StartProgram starts a program that is not ours, and waits until it accepts
 // connections at addr.
 func (s *Stack) StartProgram(ctx context.Context, name, path, addr string, args ...string) (*Process, error) {
-	p, err := start(ctx, s.log(), name, path, args, nil)
+	p, err := start(ctx, nil, s.log(), name, path, args, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -240,7 +247,7 @@ func (s *Stack) StartEdge(ctx context.Context, e *Edge, extra ...string) (*Edge,
 		"run", "--node", e.Node, "--data", e.Dir, "--mqtt", e.Bus, "--metrics", e.Metrics,
 		"--cloud", "mqtt://" + s.CloudMQTT, "--token-file", token,
 	}, extra...)
-	p, err := s.start(ctx, "fairlead-edge-"+e.Node, "fairlead-edge", args, nil)
+	p, err := s.startIn(ctx, e.Enter, "fairlead-edge-"+e.Node, "fairlead-edge", args, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -250,11 +257,15 @@ func (s *Stack) StartEdge(ctx context.Context, e *Edge, extra ...string) (*Edge,
 
 // StartMapper starts a Modbus mapper on a node's bus.
 func (s *Stack) StartMapper(ctx context.Context, e *Edge, extra ...string) (*Process, error) {
+	bus := e.Bus
+	if !strings.Contains(bus, "://") {
+		bus = "mqtt://" + bus
+	}
 	args := append([]string{
-		"run", "--bus", "mqtt://" + e.Bus, "--node", e.Node, "--name", "modbus",
+		"run", "--bus", bus, "--node", e.Node, "--name", "modbus",
 		"--token-file", filepath.Join(e.Dir, "mapper.token"), "--protocol", "modbus",
 	}, extra...)
-	return s.start(ctx, "fairlead-mapper-"+e.Node, "fairlead-mapper", args, nil)
+	return s.startIn(ctx, e.Enter, "fairlead-mapper-"+e.Node, "fairlead-mapper", args, nil)
 }
 
 // StartTool starts any other program of Bin and waits for a line of its
@@ -309,8 +320,12 @@ func (s *Stack) Stop() {
 func waitTCP(ctx context.Context, p *Process, addr string) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
+	network := "tcp"
+	if path, ok := strings.CutPrefix(addr, "unix://"); ok {
+		network, addr = "unix", path
+	}
 	for {
-		c, err := net.DialTimeout("tcp", addr, time.Second)
+		c, err := net.DialTimeout(network, addr, time.Second)
 		if err == nil {
 			return c.Close()
 		}
