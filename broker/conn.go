@@ -263,6 +263,7 @@ func (b *Broker) hangUp(c *conn, code packets.Code) {
 
 // farewell sends the last answers and, in MQTT 5, the reason.
 func (c *conn) farewell(answers []byte, code packets.Code) {
+	c.writers.Wait() // whose last write ends, or is ended by closing the connection
 	if c.v5 {
 		pk := packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Disconnect}, ReasonCode: code.Code}
 		pk.Properties.ReasonString = code.Reason

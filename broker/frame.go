@@ -37,7 +37,6 @@ type frameConn struct {
 	client *conn // whose connection it is
 	limit  uint32
 
-	wmu    sync.Mutex  // one write at a time: a WebSocket takes no two
 	ending atomic.Bool // the deadline is the last one
 
 	first    bool   // the CONNECT is not complete yet
@@ -85,13 +84,6 @@ func (c *frameConn) SetDeadline(t time.Time) error {
 func (c *frameConn) end() {
 	c.ending.Store(true)
 	_ = c.Conn.SetDeadline(time.Now().Add(farewell))
-}
-
-// Write implements net.Conn.
-func (c *frameConn) Write(p []byte) (int, error) {
-	c.wmu.Lock()
-	defer c.wmu.Unlock()
-	return c.Conn.Write(p)
 }
 
 // Read implements net.Conn. What came before a packet that is refused is read
@@ -148,10 +140,6 @@ func (c *frameConn) next(p []byte) (n int, err error) {
 func (c *frameConn) refuse() error {
 	if !c.refused {
 		c.refused = true
-		if c.v5 && c.client.up.Load() { // [MQTT-3.14.0-1]
-			c.end() // frees a writer whose client does not read
-			_, _ = c.Write(disconnect(c.failed))
-		}
 		b, remote := c.client.b, c.RemoteAddr().String()
 		why := "packet_size"
 		if _, ok := c.failed.(packets.Code); ok { //nolint:errorlint // made by follow
@@ -232,19 +220,15 @@ func (c *frameConn) follow(p []byte) (good int, err error) {
 	return good, nil
 }
 
-// disconnect is a DISCONNECT with the reason code of the error
-// and its text as the reason string [MQTT-3.14.2.1].
-func disconnect(err error) []byte {
-	code, reason := byte(codePacketTooLarge), err.Error()
-	var c packets.Code
+// code is the reason code for what follow refused [MQTT-3.14.2.1].
+func (c *frameConn) code() packets.Code {
+	var code packets.Code
 	switch {
-	case errors.Is(err, errLength):
-		code = codeMalformed
-	case errors.As(err, &c):
-		code, reason = c.Code, c.Reason
+	case errors.As(c.failed, &code):
+		return code
+	case errors.Is(c.failed, errLength):
+		return packets.Code{Code: codeMalformed, Reason: c.failed.Error()}
+	default:
+		return packets.Code{Code: codePacketTooLarge, Reason: c.failed.Error()}
 	}
-	reason = reason[:min(len(reason), 100)]
-	props := append([]byte{0x1f, 0, byte(len(reason))}, reason...)
-	body := append([]byte{code, byte(len(props))}, props...)
-	return append([]byte{0xe0, byte(len(body))}, body...)
 }

@@ -92,7 +92,9 @@ func (c *conn) ended(err error) {
 	b := c.b
 	var code packets.Code
 	switch {
-	case err == nil, errors.Is(err, errBye), errors.Is(err, io.EOF), c.fc.refused:
+	case c.fc.refused:
+		b.hangUp(c, c.fc.code())
+	case err == nil, errors.Is(err, errBye), errors.Is(err, io.EOF):
 	case errors.As(err, &code) && code.Code >= CodeUnspecified:
 		if code == packets.ErrProtocolViolationQosOutOfRange { // [MQTT-3.3.1-4]
 			code = packets.ErrMalformedPacket

@@ -43,7 +43,11 @@ func newNode(name string) *node {
 		return p, ok
 	}})
 	n.out.AddNode(name)
-	n.in = repair.NewInbox(repair.InboxConfig{Direction: topic.Desired, Absent: func(t topic.Topic) { n.store(t, nil) }})
+	n.in = repair.NewInbox(repair.InboxConfig{Direction: topic.Desired, Absent: func(ts []topic.Topic) {
+		for _, t := range ts {
+			n.store(t, nil)
+		}
+	}})
 	n.report(topic.ReportedNode(name), payload.Node{Agent: "v0", OS: "linux", Arch: "amd64", CPUs: 2, MemoryBytes: 1 << 30, InternalAddress: "192.0.2.7", Hostname: name})
 	return n
 }

@@ -217,9 +217,9 @@ func TestPartition(t *testing.T) {
 		run  func(*testing.T, *far)
 		args []string
 	}{
-		{"lossy", lossy, nil},
+		{"cuts", cuts, nil}, // the longest
 		{"half-open", halfOpen, []string{"--keepalive", "2s"}},
-		{"cuts", cuts, nil},
+		{"lossy", lossy, nil},
 		{"one-way", oneWay, []string{"--keepalive", "2s"}},
 	} {
 		t.Run(x.name, func(t *testing.T) {
