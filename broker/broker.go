@@ -25,6 +25,8 @@ type Options struct {
 	Dir string
 	// Node is the node that the broker belongs to, empty in the cloud.
 	Node string
+	// Version is the program's, for $SYS.
+	Version string
 	// Authenticate decides who a client is. It is called before CONNACK, on the
 	// client's goroutine.
 	Authenticate func(ConnectInfo) (access.Identity, error)

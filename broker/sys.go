@@ -79,9 +79,6 @@ func newLoads() []load {
 	}
 }
 
-// Version is what $SYS/broker/version shows; main sets it.
-var Version = "fairlead"
-
 // report publishes what has changed since the last report.
 func (b *Broker) report() {
 	x, s, now := &b.sys, &b.stats, time.Now()
@@ -111,7 +108,7 @@ func (b *Broker) report() {
 		bytes += c.mu.totalBytes
 		c.mu.Unlock()
 	}
-	put("version", "fairlead version "+Version)
+	put("version", "fairlead version "+b.opts.Version)
 	put("uptime", strconv.FormatInt(int64(now.Sub(x.began).Seconds()), 10)+" seconds")
 	number("clients/total", connected+int64(gone))
 	number("clients/connected", connected)

@@ -158,7 +158,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	engine := twin.New(twin.Config{Node: cfg.Node, Metrics: reg, Logger: log})
 	eventBytes, eventAge := cfg.eventLog()
 	bus, err := broker.Open(broker.Options{
-		Dir: filepath.Join(cfg.Dir, "store"), Node: cfg.Node,
+		Dir: filepath.Join(cfg.Dir, "store"), Node: cfg.Node, Version: cfg.Version,
 		Authenticate: authenticate(mapperToken),
 		Interceptors: []broker.Interceptor{engine},
 		Presence:     engine.Presence,

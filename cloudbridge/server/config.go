@@ -32,6 +32,8 @@ type Config struct {
 	Kubeconfig string
 	// Data is the embedded broker's folder.
 	Data string
+	// Version is the program's.
+	Version string
 	// MQTT are the listeners for nodes: host:port, mqtts://host:port, ws://host:port/path or
 	// wss. Who comes there needs a node's name and token.
 	MQTT []string

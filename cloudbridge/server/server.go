@@ -101,7 +101,7 @@ func (c *Config) broker(ctx context.Context, g *errgroup.Group, rc *rest.Config,
 	}
 	b, err := broker.Open(broker.Options{
 		TLS: cert,
-		Dir: c.Data, Authenticate: c.authenticate(tokens), Durability: broker.CloudDurability,
+		Dir: c.Data, Version: c.Version, Authenticate: c.authenticate(tokens), Durability: broker.CloudDurability,
 		MaxClients: maxClients, Metrics: reg, Logger: c.Logger,
 	})
 	if err != nil {

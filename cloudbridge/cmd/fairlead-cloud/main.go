@@ -42,6 +42,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 	run := &cobra.Command{
 		Use: "run", Short: "Run the cloud broker and the bridge to Kubernetes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			c.Version = version
 			c.Logger = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 			klog.SetSlogLogger(c.Logger) // client-go's own words
 			c.Listening = func(addresses []string) {
