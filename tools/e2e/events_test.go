@@ -285,6 +285,13 @@ func (s *seen) settled() bool {
 	return time.Since(s.last) > time.Second
 }
 
+// when is when something came last.
+func (s *seen) when() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last
+}
+
 func (s *seen) reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -78,6 +79,11 @@ func run(m *testing.M) int {
 		return 1
 	}
 	fmt.Printf("control plane and cloud are up after %s\n", time.Since(began).Round(100*time.Millisecond))
+	// Those that run side by side wait for lines most of the time.
+	if err := flag.Set("test.parallel", "4"); err != nil {
+		fmt.Println(err)
+		return 1
+	}
 	code := m.Run()
 	keep = code != 0
 	return code

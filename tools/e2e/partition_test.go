@@ -31,8 +31,9 @@ type far struct {
 	*site
 	line   *netem.Line
 	alarms string
-	sent   int  // events so far
-	came   seen // what came of them in the cloud
+	sent   int     // events so far
+	came   seen    // what came of them in the cloud
+	moved  [2]seen // what came of the state, on the node and in the cloud
 }
 
 func openLine(t *testing.T, seed uint64) *netem.Line {
@@ -86,27 +87,48 @@ func newFar(t *testing.T, node, cloud string, seed uint64, extra ...string) *far
 	}
 	t.Cleanup(f.mapper.Stop)
 	f.applyDevice()
-	f.listen()
+	f.listen(&f.came, fab.CloudLocal, "event/#")
+	for i, addr := range []string{f.edge.Bus, fab.CloudLocal} {
+		f.listen(&f.moved[i], addr, "desired/#", "reported/#")
+	}
+	eventually(t, "events come to the cloud", func() (string, bool) {
+		if err := publish(f.edge.Bus, f.alarms, hello); err != nil {
+			t.Fatal(err)
+		}
+		return "", f.came.count() > 0
+	})
 	f.reading(fab.CloudLocal, "level", value("0"))
 	return f
 }
 
-// listen subscribes in the cloud to the node's events until the test ends.
-func (f *far) listen() {
+// listen subscribes to topics of the node until the test ends; digests are left out.
+func (f *far) listen(to *seen, addr string, topics ...string) {
 	f.t.Helper()
-	args := slices.Concat(split(fab.CloudLocal), []string{"-V", "5", "-q", "1", "-t", "fl/" + f.ns + "/event/#", "-F", "%t %p"})
+	args := append(split(addr), "-V", "5", "-q", "1", "-T", "fl/+/+/digest", "-F", "%t %p")
+	for _, tp := range topics {
+		args = append(args, "-t", "fl/"+f.ns+"/"+tp)
+	}
 	sub := exec.Command("mosquitto_sub", args...)
-	sub.Stdout = &f.came
+	sub.Stdout = to
 	if err := sub.Start(); err != nil {
 		f.t.Fatal(err)
 	}
 	f.t.Cleanup(func() { _ = sub.Process.Kill(); _ = sub.Wait() })
-	eventually(f.t, "events come to the cloud", func() (string, bool) {
-		if err := publish(f.edge.Bus, f.alarms, hello); err != nil {
-			f.t.Fatal(err)
-		}
-		return "", f.came.count() > 0
-	})
+}
+
+// still is for when all has arrived: it tells how long after a moment the last
+// change of the state came, on either side, and the last event.
+func (f *far) still(since time.Time) string {
+	state := later(f.moved[0].when(), f.moved[1].when())
+	after := func(t time.Time) time.Duration { return max(0, t.Sub(since)).Round(time.Millisecond) }
+	return fmt.Sprintf("the state after %s and the events after %s", after(state), after(f.came.when()))
+}
+
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
 }
 
 // hello is the event that finds out whether anybody listens.
@@ -241,7 +263,7 @@ func lossy(t *testing.T, f *far) {
 	}
 	began := time.Now()
 	f.changed(n)
-	t.Logf("agreed %s after the last change, on the bad line", time.Since(began).Round(time.Millisecond))
+	t.Logf("all was there on the bad line, counted from the last change: %s", f.still(began))
 	s := f.line.Stats()
 	for _, p := range []netem.PathStats{s.Up, s.Down} {
 		if p.Lost == 0 || p.Duplicated == 0 || p.Overtaking == 0 {
@@ -326,7 +348,7 @@ func halfOpen(t *testing.T, f *far) {
 	f.changed(1)
 	m := f.agree()
 	s := f.line.Stats()
-	t.Logf("healed: the link was back after %s and both sides agreed after %s; %d bytes up, %d down", up.Round(time.Millisecond), time.Since(began).Round(time.Millisecond),
+	t.Logf("healed: the link was shown after %s, %s; %d bytes up, %d down", up.Round(time.Millisecond), f.still(began),
 		s.Up.Bytes-carried.Up.Bytes, s.Down.Bytes-carried.Down.Bytes)
 	for i := range many {
 		var w payload.Wish
@@ -418,8 +440,8 @@ func cuts(t *testing.T, f *far) {
 	began := time.Now()
 	f.line.Set(netem.Conditions{})
 	f.changed(n)
-	t.Logf("agreed %s after the last of %d cuts and %d connections reset, over %d changes and %d events",
-		time.Since(began).Round(time.Millisecond), moments, f.line.Stats().Resets, n, f.sent)
+	t.Logf("after %d cuts and %d connections reset, over %d changes and %d events, all was there: %s",
+		moments, f.line.Stats().Resets, n, f.sent, f.still(began))
 }
 
 // One direction drops everything, the other works: both sides notice either way.
@@ -437,6 +459,6 @@ func oneWay(t *testing.T, f *far) {
 		f.line.Set(netem.Conditions{})
 		f.links(true)
 		f.changed(i + 1)
-		t.Logf("%s alone cut: agreed %s after it healed", x.name, time.Since(began).Round(time.Millisecond))
+		t.Logf("%s alone cut, then healed: %s", x.name, f.still(began))
 	}
 }

@@ -130,12 +130,18 @@ func Open(seed uint64) (*Line, error) {
 // Close takes the line away. Processes in the namespace live on without one.
 func (l *Line) Close() error { return l.close() }
 
-// Set changes the conditions, also for packets that are under way where they
-// are cut; the others keep their delay.
+// Set changes the conditions. Packets that are under way keep their time, and
+// hold up those behind them, unless they are cut.
 func (l *Line) Set(c Conditions) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.mu.conditions = c
+	for _, p := range []*path{l.up, l.down} {
+		if p.conditionsLocked().Cut {
+			p.stats.Cut += int64(len(p.queue))
+			p.queue, p.last = nil, time.Time{}
+		}
+	}
 }
 
 // Stats gives the counts.

@@ -61,6 +61,7 @@ func connect(t *testing.T, l *Line) (node, host *net.TCPConn) {
 	host = c.(*net.TCPConn)
 	for _, c := range []*net.TCPConn{node, host} {
 		_ = c.SetDeadline(time.Now().Add(patience))
+		_ = c.SetKeepAlive(false) // a probe would be told of what the test is about
 		t.Cleanup(func() { _ = c.Close() })
 	}
 	return node, host
@@ -125,6 +126,72 @@ func TestBad(t *testing.T) {
 	}
 }
 
+// throw sends numbered datagrams up the line, and gives the socket where they arrive.
+func throw(t *testing.T, l *Line, n int) *net.UDPConn {
+	t.Helper()
+	host, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(l.Host, 0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = host.Close() })
+	_ = host.SetReadBuffer(1 << 20)
+	var node net.Conn
+	err = l.Do(func() (err error) { node, err = net.Dial("udp", host.LocalAddr().String()); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = node.Close() }()
+	for i := range n {
+		if _, err := node.Write([]byte{byte(i >> 8), byte(i)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return host
+}
+
+// over waits until none of n packets is under way any more.
+func over(t *testing.T, l *Line, n int64) PathStats {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		s := l.Stats().Up
+		if s.Packets+s.Lost+s.Cut == n+s.Duplicated {
+			return s
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("packets are missing: %+v", s)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// What is under way is cut with the line.
+func TestCutUnderWay(t *testing.T) {
+	l := open(t)
+	l.Set(Conditions{Up: Path{Delay: time.Hour}})
+	throw(t, l, 10)
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		l.mu.Lock()
+		n := len(l.up.queue)
+		l.mu.Unlock()
+		if n == 10 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d packets are under way", n)
+		}
+	}
+	l.Set(Conditions{Up: Path{Cut: true}})
+	if s := over(t, l, 10); s.Cut != 10 {
+		t.Errorf("stats %+v", s)
+	}
+	l.Set(Conditions{})
+	throw(t, l, 10) // and is not waited for
+	if s := over(t, l, 20); s.Packets != 10 {
+		t.Errorf("stats %+v", s)
+	}
+}
+
 // Datagrams show what happens to packets.
 func TestPackets(t *testing.T) {
 	const n = 200
@@ -144,36 +211,8 @@ func TestPackets(t *testing.T) {
 		t.Run(x.name, func(t *testing.T) {
 			l := open(t)
 			l.Set(Conditions{Up: x.path})
-			host, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(l.Host, 0)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = host.Close() }()
-			_ = host.SetReadBuffer(1 << 20)
-			var node net.Conn
-			err = l.Do(func() (err error) { node, err = net.Dial("udp", host.LocalAddr().String()); return err })
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = node.Close() }()
-			for i := range n {
-				if _, err := node.Write([]byte{byte(i >> 8), byte(i)}); err != nil {
-					t.Fatal(err)
-				}
-			}
-			// The line says when all of them are over.
-			deadline := time.Now().Add(patience)
-			for {
-				s := l.Stats().Up
-				if s.Packets+s.Lost+s.Cut == n+s.Duplicated {
-					break
-				}
-				if time.Now().After(deadline) {
-					t.Fatalf("packets are missing: %+v", s)
-				}
-				time.Sleep(time.Millisecond)
-			}
-			want := l.Stats().Up.Packets
+			host := throw(t, l, n)
+			want := over(t, l, n).Packets
 			var got []int
 			b := make([]byte, 16)
 			for range want {

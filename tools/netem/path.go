@@ -160,7 +160,7 @@ func (p *path) due() ([]byte, time.Duration) {
 			return nil, wait
 		}
 		x := heap.Pop(&p.queue).(packet)
-		if p.conditionsLocked().Cut || x.flow != nil && x.flow.dead {
+		if x.flow != nil && x.flow.dead {
 			p.stats.Cut++
 			continue
 		}

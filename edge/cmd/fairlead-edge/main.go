@@ -78,7 +78,7 @@ func run(args []string, out io.Writer) error {
 	// The agent's heap is a few megabytes: collecting a little more often is
 	// cheap and keeps it there.
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
+		debug.SetGCPercent(40)
 	}
 	cfg.Version = version
 	cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: lv}))
