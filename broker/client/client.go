@@ -199,8 +199,10 @@ func (c *Client) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			break
 		}
-		if up && time.Since(began) > c.cfg.MaxBackoff {
-			wait = c.cfg.MinBackoff // it had been working: the broker restarted, or the link blinked
+		// A connection that held longer than the pause before it has earned a new
+		// start: the broker restarted, or something cuts the link now and then.
+		if up && time.Since(began) > wait {
+			wait = c.cfg.MinBackoff
 		}
 		// Half of the wait is random, so that ten thousand nodes do not come
 		// back in step after the cloud did.

@@ -30,6 +30,7 @@ import (
 type far struct {
 	*site
 	line   *netem.Line
+	rng    *rand.Rand
 	alarms string
 	sent   int     // events so far
 	came   seen    // what came of them in the cloud
@@ -53,7 +54,7 @@ func openLine(t *testing.T, seed uint64) *netem.Line {
 // arguments go to the agent's command line.
 func newFar(t *testing.T, node, cloud string, seed uint64, extra ...string) *far {
 	t.Helper()
-	f := &far{line: openLine(t, seed), alarms: "fl/" + node + "/event/alarm/pump-1"}
+	f := &far{line: openLine(t, seed), rng: rand.New(rand.NewPCG(seed, 1)), alarms: "fl/" + node + "/event/alarm/pump-1"}
 	f.site = &site{t: t, ns: node, extra: append([]string{"--cloud", "mqtt://" + cloud}, extra...)}
 	err := f.line.Do(func() (err error) { f.slave, err = testslave.New(); return err })
 	if errors.Is(err, testslave.ErrMissing) {
@@ -406,12 +407,12 @@ func cuts(t *testing.T, f *far) {
 			select {
 			case <-stop:
 				return false
-			case <-time.After(time.Duration(least+rand.IntN(most-least)) * time.Millisecond):
+			case <-time.After(time.Duration(least+f.rng.IntN(most-least)) * time.Millisecond):
 				return true
 			}
 		}
 		for {
-			f.line.Set(netem.Conditions{FlowBytes: 2000 + rand.Int64N(20000)})
+			f.line.Set(netem.Conditions{FlowBytes: 2000 + f.rng.Int64N(20000)})
 			if !pause(50, 400) {
 				return
 			}
@@ -420,7 +421,7 @@ func cuts(t *testing.T, f *far) {
 			if !pause(10, 200) {
 				return
 			}
-			if rand.IntN(8) == 0 {
+			if f.rng.IntN(8) == 0 {
 				f.line.Reset()
 			}
 		}
