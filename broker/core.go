@@ -505,13 +505,17 @@ func (t *tx) touch(c *conn) {
 	}
 }
 
+// errQueueFull refuses a message for which a session has no room. As nothing of
+// it is kept, a publisher of MQTT 3.1.1 is disconnected, to send it again.
+var errQueueFull = errors.New("the queue of a session that waits for this message is full; send it again later")
+
 // refuseFull tells whether a session's queue has no room for the message.
 func (b *Broker) refuseFull(m *Message) error {
 	b.levels = b.subs.match(m.Topic, b.levels[:0])
 	for _, l := range b.levels {
 		for _, sub := range l.subs {
 			if s := sub.session; s.stored && sub.QoS > 0 && !s.hasRoom(m.size()) {
-				return &Refusal{Code: CodeQuotaExceeded, Kind: "queue_full", Reason: "the queue of a subscriber that is away is full; try again later"}
+				return errQueueFull
 			}
 		}
 	}
@@ -668,7 +672,7 @@ func (c *conn) answerPublish(qos byte, id uint16, err error) {
 	switch {
 	case refused:
 		pk.ReasonCode, pk.Properties.ReasonString = r.Code, r.Reason
-	case errors.Is(err, store.ErrDiskFull):
+	case errors.Is(err, store.ErrDiskFull), errors.Is(err, errQueueFull):
 		pk.ReasonCode = CodeQuotaExceeded
 	}
 	c.answer(c.encode(pk)...)

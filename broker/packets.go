@@ -783,8 +783,11 @@ func (m *Message) check(node string) error {
 func (c *conn) refused(m *Message, err error) {
 	kind := "store"
 	var r *Refusal
-	if errors.As(err, &r) {
+	switch {
+	case errors.As(err, &r):
 		kind = r.Kind
+	case errors.Is(err, errQueueFull):
+		kind = "queue_full"
 	}
 	c.b.metrics.refused.WithLabelValues(kind).Inc()
 	c.b.denied.log(c.b.log, "publish refused", c.cl.ID+string(m.Topic), "client", c.cl.ID, "topic", m.Topic, "kind", kind, "error", err)
