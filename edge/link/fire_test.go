@@ -41,7 +41,9 @@ func TestCutAfterBytes(t *testing.T) {
 	cloud, addr := cloudBroker(t, "127.0.0.1:0")
 	b := startBridge(t, cloud, wants)
 	w := newWire(t, addr)
-	for n := int64(6000); n <= 50_000; n += n {
+	// Below that, on a machine that is very busy, a connection may be used up by
+	// what it takes to begin.
+	for n := int64(12_000); n <= 50_000; n += n {
 		s := openSite(t, t.TempDir())
 		for i := range topics {
 			s.put(gauge(i), fmt.Sprintf(`{"v":%d,"t":%d}`, i, n))
