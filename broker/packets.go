@@ -213,15 +213,26 @@ func (c *conn) connect() error {
 		}
 		return errors.Join(err, c.connack(code, false))
 	}
-	if err := c.connack(packets.CodeSuccess, a.present); err != nil {
+	// What mochi keeps for its own sessions is never used.
+	cl.State.Inflight, cl.State.Subscriptions, cl.State.TopicAliases = nil, nil, mqtt.TopicAliases{}
+	// CONNACK is this connection's first writer: nothing overtakes it, and who
+	// takes the session over waits for it with the farewell.
+	c.writers.Add(1)
+	c.mu.Lock()
+	c.mu.running = true
+	c.mu.Unlock()
+	c.up.Store(true)
+	err = c.connack(packets.CodeSuccess, a.present)
+	c.mu.Lock()
+	c.mu.running = false
+	c.mu.Unlock()
+	c.writers.Done()
+	if err != nil {
 		return err
 	}
 	for _, id := range a.pubrels { // [MQTT-4.4.0-1]
 		c.ack(packets.Pubrel, id)
 	}
-	// What mochi keeps for its own sessions is never used.
-	cl.State.Inflight, cl.State.Subscriptions, cl.State.TopicAliases = nil, nil, mqtt.TopicAliases{}
-	c.up.Store(true)
 	b.mu.Lock()
 	closed := b.mu.closed
 	b.mu.Unlock()
