@@ -128,6 +128,7 @@ func (b *Broker) attach(t *tx, r *result, c *conn, clean bool, a *attached) {
 		s = nil
 	}
 	a.present = s != nil
+	var will *store.Will // that waits for its delay
 	if s == nil {
 		if c.expiry > 0 && b.stored >= b.opts.MaxSessions {
 			r.err = errSessions
@@ -142,7 +143,8 @@ func (b *Broker) attach(t *tx, r *result, c *conn, clean bool, a *attached) {
 		}
 		t.undoing(func() { b.remove(s) })
 	} else {
-		left, expiry, will := s.left, s.expiry, s.will
+		left, expiry := s.left, s.expiry
+		will = s.will
 		t.undoing(func() {
 			s.detach(c)
 			s.left, s.expiry, s.will = left, expiry, will
@@ -161,6 +163,8 @@ func (b *Broker) attach(t *tx, r *result, c *conn, clean bool, a *attached) {
 		r.stored, t.sync = true, true
 	}
 	if c.will != nil {
+		// One whose client is refused after all must not be published.
+		t.undoing(func() { b.wills[id] = will })
 		b.wills[id] = c.will
 		t.sync = true
 	}

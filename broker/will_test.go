@@ -1,8 +1,11 @@
 package broker_test
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/mochi-mqtt/server/v2/packets"
@@ -154,5 +157,38 @@ func TestWillIntercepted(t *testing.T) {
 	eventually(t, "answer of the interceptor", func() bool { _, ok := b.Retained("refused"); return ok })
 	if p, ok := b.Retained("refuse/this"); ok {
 		t.Errorf("got %q", p)
+	}
+}
+
+// A client that the full disk keeps from having a session is refused, and so is
+// its Will: nothing of it is published after a crash.
+func TestWillOfRefusedClient(t *testing.T) {
+	dir := smallDisk(t)
+	at := filepath.Join(dir, "store")
+	b, addr := open(t, at, func(o *broker.Options) { o.Store.ReserveBytes = 32 << 20; o.Checkpoint = 10 * time.Millisecond })
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 40<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "full", func() bool { return b.StoreErr() != nil })
+	if _, ack := connect(t, addr, 5, "refused", resume, will("gone/refused", "bye", true)); ack.ReasonCode != 0x97 {
+		t.Fatalf("CONNACK 0x%02x", ack.ReasonCode)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "room", func() bool { return b.StoreErr() == nil })
+	r, _ := connect(t, addr, 5, "other")
+	if ack := r.publish("synced", "x", true); ack.ReasonCode != 0 {
+		t.Fatalf("PUBACK 0x%02x", ack.ReasonCode)
+	}
+	killed := filepath.Join(t.TempDir(), "store")
+	if err := os.CopyFS(killed, os.DirFS(at)); err != nil {
+		t.Fatal(err)
+	}
+	b, addr = open(t, killed)
+	_, _ = connect(t, addr, 5, "after") // what was inherited is published before
+	if p, ok := b.Retained("gone/refused"); ok {
+		t.Errorf("published %q", p)
 	}
 }
