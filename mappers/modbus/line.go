@@ -17,12 +17,7 @@ import (
 	"github.com/fairlead-io/fairlead/schemas/payload"
 )
 
-const (
-	keepAlive = 15 * time.Second
-	// A failed dial answers for the requests that waited behind it too, so
-	// that many devices behind one dead gateway do not wait a timeout each.
-	dialMemory = 100 * time.Millisecond
-)
+const keepAlive = 15 * time.Second
 
 // line is the connection to one host:port. All devices there share it and one
 // request is under way at a time, as most Modbus servers want it.
@@ -49,6 +44,7 @@ type request struct {
 // this request's turn and covers the dial.
 func (r *request) Send(adu []byte) ([]byte, error) {
 	l := r.line
+	arrived := time.Now()
 	if err := l.turn.take(r.ctx, r.urgent); err != nil {
 		return nil, err
 	}
@@ -57,6 +53,12 @@ func (r *request) Send(adu []byte) ([]byte, error) {
 	reused := l.conn != nil && !l.stale()
 	for {
 		if l.conn == nil {
+			if l.dialErr != nil && l.dialedAt.After(arrived) {
+				// A failed dial answers for the requests that waited behind it
+				// too: many devices behind one dead gateway shall not wait a
+				// timeout each.
+				return nil, l.dialErr
+			}
 			if err := l.dial(r.ctx, deadline); err != nil {
 				return nil, err
 			}
@@ -86,9 +88,6 @@ func (r *request) Send(adu []byte) ([]byte, error) {
 var errHungUp = errors.New("the device closed the connection")
 
 func (l *line) dial(ctx context.Context, deadline time.Time) error {
-	if l.dialErr != nil && time.Since(l.dialedAt) < dialMemory {
-		return l.dialErr
-	}
 	d := net.Dialer{
 		Deadline:        deadline,
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive, Count: 3},

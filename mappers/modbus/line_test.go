@@ -344,6 +344,62 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
+// TestFailedDialAnswersWhoWaited: the requests behind a failed dial fail with
+// it; one that comes later dials again, however soon.
+func TestFailedDialAnswersWhoWaited(t *testing.T) {
+	srv, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Close()
+	dialled := make(chan struct{}, 8)
+	go func() {
+		for {
+			c, err := srv.Accept()
+			if err != nil {
+				return
+			}
+			dialled <- struct{}{}
+			c.Close()
+		}
+	}()
+	l := &line{addr: srv.Addr().String()}
+	send := func() error {
+		r := &request{line: l, ctx: t.Context(), timeout: time.Second}
+		_, err := r.Send([]byte{0, 0, 0, 0, 0, 6, 1, 3, 0, 0, 0, 1})
+		return err
+	}
+	if err := l.turn.take(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	const waiting = 3
+	results := make(chan error, waiting)
+	for range waiting {
+		go func() { results <- send() }()
+	}
+	for queued := 0; queued < waiting; {
+		l.turn.mu.Lock()
+		queued = len(l.turn.mu.normal)
+		l.turn.mu.Unlock()
+		time.Sleep(time.Millisecond)
+	}
+	failed := errors.New("no route")
+	l.dialErr, l.dialedAt = failed, time.Now()
+	l.turn.give()
+	for range waiting {
+		if err := <-results; !errors.Is(err, failed) {
+			t.Errorf("a request that waited behind the dial: %v", err)
+		}
+	}
+	if n := len(dialled); n != 0 {
+		t.Errorf("dialled %d times for those that waited", n)
+	}
+	if err := send(); errors.Is(err, failed) {
+		t.Error("a request that came after the failed dial was answered by it")
+	}
+	<-dialled
+}
+
 func FuzzReadFrame(f *testing.F) {
 	f.Add([]byte{0, 1, 0, 0, 0, 5, 1, 3, 2, 0, 7})
 	f.Add([]byte("HTTP/1.1 400 Bad Request\r\n"))
