@@ -292,7 +292,7 @@ func event(m *Message) (topic.Parsed, bool) {
 		return topic.Parsed{}, false
 	}
 	p, err := topic.Parse(string(m.Topic))
-	return p, err == nil && (p.Kind == topic.KindEvent || p.Kind == topic.KindEventGap)
+	return p, err == nil && p.Kind.IsEvent()
 }
 
 // append puts an event into the batch.

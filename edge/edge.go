@@ -55,6 +55,8 @@ type Config struct {
 	// Queue bounds what waits for a client with a persistent session; the
 	// defaults where it is 0.
 	Queue broker.QueueLimits
+	// Pods are the pods that the node runs.
+	Pods Pods
 	// Origins are browser origins that may use a WebSocket listener.
 	Origins []string
 	// Metrics is the address of /metrics, /healthz and /readyz; empty for none.
@@ -192,9 +194,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		log.Error("disk full: what became void while the node was off stays until there is room", "error", err)
 	}
 	self := node.Describe(cfg.Version)
-	if err := describe(ctx, bus, cfg.Node, self); err != nil && ctx.Err() == nil {
-		log.Error("node not described", "error", err)
-	}
 	var l *link.Link
 	roots, err := readRoots(cfg.CloudCA)
 	if err != nil {
@@ -212,6 +211,15 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		if err != nil {
 			return err
 		}
+	}
+	var pn *podNode
+	if cfg.Pods.Runtime != "" {
+		if pn, err = newPodNode(cfg, bus, l, reg, log); err != nil {
+			return err
+		}
+	}
+	if err := describe(ctx, bus, cfg.Node, self, pn); err != nil && ctx.Err() == nil {
+		log.Error("node not described", "error", err)
 	}
 	stopAdmin := serveAdmin(cfg.Dir, bus, log)
 	defer stopAdmin()
@@ -237,7 +245,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		cfg.Ready(addrs)
 	}
 	g.Go(func() error { return engine.Run(ctx, bus) })
-	g.Go(func() error { return watchStore(ctx, bus, cfg.Node, self) })
+	g.Go(func() error { return watchNode(ctx, bus, cfg.Node, self, pn) })
+	if pn != nil {
+		g.Go(func() error { return pn.run(ctx) })
+	}
 	if l != nil {
 		g.Go(func() error { return l.Run(ctx) })
 	}
@@ -332,8 +343,12 @@ func readToken(cfg Config) (string, error) {
 	return t, nil
 }
 
-// describe publishes reported/node with the state of the store, if it changed.
-func describe(ctx context.Context, bus *broker.Broker, name string, self payload.Node) error {
+// describe publishes reported/node with the state of the store and of the pods, if
+// it changed.
+func describe(ctx context.Context, bus *broker.Broker, name string, self payload.Node, pn *podNode) error {
+	if pn != nil {
+		pn.describe(&self)
+	}
 	if err := bus.StoreErr(); err != nil {
 		self.StoreError = err.Error()
 	}
@@ -347,18 +362,23 @@ func describe(ctx context.Context, bus *broker.Broker, name string, self payload
 // storeCheck is how soon the cloud learns that a node cannot store any more.
 const storeCheck = 5 * time.Second
 
-// watchStore tells in reported/node when the store refuses, and when it takes
-// again, until ctx ends.
-func watchStore(ctx context.Context, bus *broker.Broker, name string, self payload.Node) error {
+// watchNode tells in reported/node when the store refuses, and when it takes
+// again, and what changes about the pods' node, until ctx ends.
+func watchNode(ctx context.Context, bus *broker.Broker, name string, self payload.Node, pn *podNode) error {
 	tick := time.NewTicker(storeCheck)
 	defer tick.Stop()
+	var changed <-chan struct{}
+	if pn != nil {
+		changed = pn.changed
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			// A bus that is closing refuses; there is nobody to tell then.
-			_ = describe(ctx, bus, name, self)
+		case <-changed:
 		}
+		// A bus that is closing refuses; there is nobody to tell then.
+		_ = describe(ctx, bus, name, self, pn)
 	}
 }

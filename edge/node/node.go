@@ -1,10 +1,14 @@
-// Package node tells the cloud what the edge node is: the payload of
-// fl/<node>/reported/node, read from the host.
+// Package node knows the host: what it is, what it offers to pods, how it is
+// reached and whether it is well. Its words go to fl/<node>/reported/node.
+//
+//	n := node.Describe(version)
+//	offer := node.Offer{Data: dir, Reserved: …, Devices: devices}
+//	capacity, allocatable, err := offer.Resources()
 package node
 
 import (
 	"bufio"
-	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"strconv"
@@ -18,7 +22,7 @@ import (
 // machine id is still a node.
 func Describe(agent string) payload.Node {
 	n := payload.Node{
-		Agent: agent, OS: runtime.GOOS, Arch: runtime.GOARCH, CPUs: runtime.NumCPU(),
+		Agent: agent, OS: runtime.GOOS, Arch: runtime.GOARCH, CPUs: CPUs(),
 		MachineID: first("/etc/machine-id", "/var/lib/dbus/machine-id"),
 		BootID:    first("/proc/sys/kernel/random/boot_id"),
 		Kernel:    first("/proc/sys/kernel/osrelease"),
@@ -28,15 +32,67 @@ func Describe(agent string) payload.Node {
 	var si syscall.Sysinfo_t
 	if syscall.Sysinfo(&si) == nil {
 		n.MemoryBytes = uint64(si.Totalram) * uint64(si.Unit) //nolint:unconvert // a uint32 on 32-bit ARM
+		n.SwapBytes = uint64(si.Totalswap) * uint64(si.Unit)  //nolint:unconvert // a uint32 on 32-bit ARM
 	}
-	n.InternalAddress = address()
+	if a := address(netip.Addr.Is4); a.IsValid() {
+		n.InternalAddress = a.String()
+	} else if a := address(netip.Addr.Is6); a.IsValid() {
+		n.InternalAddress = a.String()
+	}
 	return n
+}
+
+// CPUs is the number of the host's logical CPUs that are online; those that the
+// agent itself may use are perhaps fewer.
+func CPUs() int {
+	n := 0
+	for r := range strings.SplitSeq(first("/sys/devices/system/cpu/online"), ",") { // 0-3,6
+		a, b, ok := strings.Cut(r, "-")
+		if !ok {
+			b = a
+		}
+		lo, err1 := strconv.Atoi(a)
+		hi, err2 := strconv.Atoi(b)
+		if err1 != nil || err2 != nil || hi < lo {
+			return runtime.NumCPU()
+		}
+		n += hi - lo + 1
+	}
+	return n
+}
+
+// SystemUUID is the machine's, from its firmware; the machine id where that has none.
+func SystemUUID() string {
+	return first("/sys/class/dmi/id/product_uuid", "/proc/device-tree/system-id", "/proc/device-tree/vm,uuid", "/etc/machine-id")
+}
+
+// KernelVersion reads the first two numbers of a release such as 6.18.44-v7; 0.0 if
+// it has none.
+func KernelVersion(release string) (major, minor int) {
+	a, rest, _ := strings.Cut(release, ".")
+	end := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
+	if end < 0 {
+		end = len(rest)
+	}
+	major, err := strconv.Atoi(a)
+	if err != nil {
+		return 0, 0
+	}
+	if minor, err = strconv.Atoi(rest[:end]); err != nil {
+		return 0, 0
+	}
+	return major, minor
+}
+
+// AppArmor tells whether the kernel confines with AppArmor.
+func AppArmor() bool {
+	return strings.HasPrefix(first("/sys/module/apparmor/parameters/enabled"), "Y")
 }
 
 func first(paths ...string) string {
 	for _, p := range paths {
 		if b, err := os.ReadFile(p); err == nil {
-			return strings.TrimSpace(string(b))
+			return strings.Trim(string(b), " \t\n\x00") // a device tree ends strings with 0
 		}
 	}
 	return ""
@@ -54,29 +110,6 @@ func osRelease(key string) string {
 				return u
 			}
 			return strings.Trim(v, "'")
-		}
-	}
-	return ""
-}
-
-// address is the first global address of an interface that is up.
-func address() string {
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return ""
-	}
-	for _, i := range ifs {
-		if i.Flags&(net.FlagUp|net.FlagLoopback) != net.FlagUp {
-			continue
-		}
-		as, err := i.Addrs()
-		if err != nil {
-			continue
-		}
-		for _, a := range as {
-			if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
-				return n.IP.String()
-			}
 		}
 	}
 	return ""

@@ -10,7 +10,7 @@ import (
 
 // sample is one topic of the kind for node n.
 func sample(k topic.Kind) topic.Topic {
-	p := topic.Parsed{Node: "n", Kind: k, Namespace: "default", Name: "pump-1", Property: "speed", Rest: "alarm/x"}
+	p := topic.Parsed{Node: "n", Kind: k, Namespace: "default", Name: "pump-1", Property: "speed", Regarding: "Pod", Rest: "alarm/x"}
 	return p.Topic()
 }
 
@@ -21,6 +21,7 @@ func TestMayPublishMatrix(t *testing.T) {
 		topic.KindDesiredPod:           "c",
 		topic.KindDesiredConfigMap:     "c",
 		topic.KindDesiredSecret:        "c",
+		topic.KindDesiredToken:         "c",
 		topic.KindDesiredDevice:        "c",
 		topic.KindDesiredTwin:          "c",
 		topic.KindDesiredDigest:        "c",
@@ -33,6 +34,7 @@ func TestMayPublishMatrix(t *testing.T) {
 		topic.KindReportedDigest:       "n",
 		topic.KindSet:                  "ml",
 		topic.KindEventGap:             "n",
+		topic.KindEventKubernetes:      "n",
 		topic.KindEvent:                "nml",
 		topic.KindSyncDesiredRequest:   "n",
 		topic.KindSyncDesiredManifest:  "c",

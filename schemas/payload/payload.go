@@ -166,26 +166,6 @@ const (
 	DeviceError   = "Error"   // it answers, but not for every property
 )
 
-// Node is fl/<node>/reported/node: what the cloud needs to fill a Node object.
-type Node struct {
-	// Agent is the version of the edge agent.
-	Agent           string `json:"agent"`
-	Hostname        string `json:"hostname,omitempty"`
-	OS              string `json:"os"`
-	Arch            string `json:"arch"`
-	Kernel          string `json:"kernel,omitempty"`
-	OSImage         string `json:"osImage,omitempty"`
-	MachineID       string `json:"machineID,omitempty"`
-	BootID          string `json:"bootID,omitempty"`
-	CPUs            int    `json:"cpus"`
-	MemoryBytes     uint64 `json:"memoryBytes"`
-	InternalAddress string `json:"internalAddress,omitempty"`
-	// Pods tells whether the agent runs pods.
-	Pods bool `json:"pods"`
-	// StoreError is why nothing can be stored any more; empty while all is well.
-	StoreError string `json:"storeError,omitempty"`
-}
-
 // SyncRequest goes to fl/<node>/sync/<direction>/request: the receiver of a
 // direction asks its writer for a page of the manifest, or for topics to be
 // published again, or both.

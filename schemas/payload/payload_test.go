@@ -66,6 +66,37 @@ var goldens = map[string]any{
 		BootID: "11111111-2222-3333-4444-555555555555", CPUs: 4, MemoryBytes: 1 << 30, InternalAddress: "10.1.2.3"},
 	"node.storeerror": payload.Node{Agent: "v0.1.0", OS: "linux", Arch: "amd64", CPUs: 2, MemoryBytes: 1 << 31, Pods: true,
 		StoreError: "no space left on device"},
+	"node.pods": payload.Node{Agent: "v0.1.0", Hostname: "plant-7", OS: "linux", Arch: "arm64", CPUs: 4, MemoryBytes: 1 << 30, InternalAddress: "10.1.2.3", Pods: true,
+		SealKey:     "pOCSkrZRwni5dyxWn1+puxPZBrRqtoyd+dwrRAn4ogk=",
+		Capacity:    map[string]string{"cpu": "4", "memory": "1048576Ki", "pods": "110", "fairlead.dev/rs485": "1"},
+		Allocatable: map[string]string{"cpu": "3900m", "memory": "917504Ki", "pods": "110", "fairlead.dev/rs485": "1"},
+		Conditions: []payload.NodeCondition{
+			{Type: "MemoryPressure", Status: "False", Reason: "KubeletHasSufficientMemory", Message: "kubelet has sufficient memory available", Since: at},
+			{Type: "Ready", Status: "True", Reason: "KubeletReady", Message: "kubelet is posting ready status", Since: at}},
+		Addresses: []payload.NodeAddress{{Type: "InternalIP", Address: "10.1.2.3"}, {Type: "Hostname", Address: "plant-7"}},
+		Runtime:   "containerd://1.6.20",
+		Images:    []payload.NodeImage{{Names: []string{"fairlead.test/web:1"}, Size: 1234567}}},
+
+	"pod": payload.Pod{UID: uid, Rev: 812, Metadata: raw(`{"name":"web","namespace":"default","uid":"` + uid + `","generation":1}`),
+		Spec:     raw(`{"containers":[{"name":"web","image":"fairlead.test/web:1"}],"nodeName":"plant-7","readinessGates":[{"conditionType":"example.com/line-free"}]}`),
+		Gates:    map[string]string{"example.com/line-free": "True"},
+		Services: []payload.Service{{Name: "kubernetes", IP: "10.96.0.1", Ports: []payload.ServicePort{{Name: "https", Port: 443, Protocol: "TCP"}}}}},
+	"configmap": payload.ConfigMap{UID: uid, Rev: 812, Namespace: "default", Name: "web.conf", Data: map[string]string{"port": "8080"}, BinaryData: map[string][]byte{"logo": {0, 1, 2}}},
+	"sealed":    payload.Sealed{UID: uid, Rev: 812, Key: "1a92f23852dc908d", Sealed: []byte("the encapsulated key and then the ciphertext")},
+	"sealed.token": payload.Sealed{UID: uid, Rev: at, Key: "1a92f23852dc908d", Sealed: []byte("the encapsulated key and then the ciphertext"),
+		Exp: at + 3607000, Renew: at + 2880000},
+	"secret-data": payload.SecretData{Type: "Opaque", Data: map[string][]byte{"password": []byte("v1")}},
+	"pod-tokens":  payload.PodTokens{Tokens: []payload.PodToken{{Seconds: 3607, Token: "eyJhbGciOiJSUzI1NiJ9.e30.c2ln", Exp: at + 3607000}}},
+
+	"reported-pod":      payload.ReportedPod{UID: uid, Rev: 812, Status: raw(`{"phase":"Running","podIP":"10.88.0.5","podIPs":[{"ip":"10.88.0.5"}]}`)},
+	"reported-pod.gone": payload.ReportedPod{UID: uid, Rev: 813, Status: raw(`{"phase":"Succeeded"}`), Gone: true},
+	"reported-pod.static": payload.ReportedPod{UID: "0123456789abcdef0123456789abcdef", Status: raw(`{"phase":"Running"}`), Static: &payload.StaticPod{
+		Metadata: raw(`{"name":"web-plant-7","namespace":"default","annotations":{"kubernetes.io/config.hash":"0123456789abcdef0123456789abcdef"}}`),
+		Spec:     raw(`{"containers":[{"name":"web","image":"fairlead.test/web:1"}],"nodeName":"plant-7"}`)}},
+
+	"event-kubernetes": payload.KubernetesEvent{ID: "web.18d1f0a3c2b4e6f7", Kind: "Pod", Namespace: "default", Name: "web", UID: uid, FieldPath: "spec.containers{web}",
+		Reason: "BackOff", Message: "Back-off restarting failed container web in pod web_default(" + uid + ")", Type: "Warning",
+		First: at, Last: at + 60000, Count: 4, Component: "kubelet"},
 
 	"sync-request.first": payload.SyncRequest{Manifest: true},
 	"sync-request.page":  payload.SyncRequest{Manifest: true, After: "desired/device/default/pump-1"},

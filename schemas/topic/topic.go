@@ -37,6 +37,7 @@ const (
 	KindDesiredPod
 	KindDesiredConfigMap
 	KindDesiredSecret
+	KindDesiredToken
 	KindDesiredDevice
 	KindDesiredTwin
 	KindDesiredDigest
@@ -49,6 +50,7 @@ const (
 	KindReportedDigest
 	KindSet
 	KindEventGap
+	KindEventKubernetes
 	KindEvent
 	KindSyncDesiredRequest
 	KindSyncDesiredManifest
@@ -72,10 +74,11 @@ const (
 type shape uint8
 
 const (
-	shapeNone     shape = iota // no variable level
-	shapeObject                // <ns>/<name>
-	shapeProperty              // <ns>/<device>/<property>
-	shapeOpen                  // one or more free levels
+	shapeNone      shape = iota // no variable level
+	shapeObject                 // <ns>/<name>
+	shapeProperty               // <ns>/<device>/<property>
+	shapeRegarding              // <ns>/<kind>/<name>
+	shapeOpen                   // one or more free levels
 )
 
 type spec struct {
@@ -90,6 +93,7 @@ var specs = []spec{
 	{KindDesiredPod, "desired/pod", shapeObject, WriterCloud, true},
 	{KindDesiredConfigMap, "desired/configmap", shapeObject, WriterCloud, true},
 	{KindDesiredSecret, "desired/secret", shapeObject, WriterCloud, true},
+	{KindDesiredToken, "desired/token", shapeObject, WriterCloud, true},
 	{KindDesiredDevice, "desired/device", shapeObject, WriterCloud, true},
 	{KindDesiredTwin, "desired/twin", shapeProperty, WriterCloud, true},
 	{KindDesiredDigest, "desired/digest", shapeNone, WriterCloud, true},
@@ -102,6 +106,7 @@ var specs = []spec{
 	{KindReportedDigest, "reported/digest", shapeNone, WriterNode, true},
 	{KindSet, "set", shapeProperty, WriterLocal, false},
 	{KindEventGap, "event/gap", shapeNone, WriterNode, false}, // before event, whose grammar it follows
+	{KindEventKubernetes, "event/kubernetes", shapeRegarding, WriterNode, false},
 	{KindEvent, "event", shapeOpen, WriterLocal, false},
 	{KindSyncDesiredRequest, "sync/desired/request", shapeNone, WriterNode, false},
 	{KindSyncDesiredManifest, "sync/desired/manifest", shapeNone, WriterCloud, false},
@@ -163,6 +168,12 @@ func DesiredConfigMap(node, ns, name string) Topic {
 	return build(node, KindDesiredConfigMap, ns, name)
 }
 
+// DesiredSecret is fl/<node>/desired/secret/<ns>/<name>, written by the cloud.
+func DesiredSecret(node, ns, name string) Topic { return build(node, KindDesiredSecret, ns, name) }
+
+// DesiredToken is fl/<node>/desired/token/<ns>/<pod>, written by the cloud.
+func DesiredToken(node, ns, pod string) Topic { return build(node, KindDesiredToken, ns, pod) }
+
 // DesiredDevice is fl/<node>/desired/device/<ns>/<name>, written by the cloud.
 func DesiredDevice(node, ns, name string) Topic { return build(node, KindDesiredDevice, ns, name) }
 
@@ -205,6 +216,18 @@ func Set(node, ns, device, property string) Topic { return build(node, KindSet, 
 // EventGap is fl/<node>/event/gap, written by the node in the place of events
 // that its log dropped.
 func EventGap(node string) Topic { return build(node, KindEventGap) }
+
+// EventKubernetes is fl/<node>/event/kubernetes/<ns>/<kind>/<name>, written by the
+// node: an Event about the object of that kind, such as Pod. Of an object without
+// a namespace, as a Node is, ns is default.
+func EventKubernetes(node, ns, kind, name string) Topic {
+	return build(node, KindEventKubernetes, ns, kind, name)
+}
+
+// IsEvent tells whether messages of the kind go through the node's event log.
+func (k Kind) IsEvent() bool {
+	return k == KindEvent || k == KindEventGap || k == KindEventKubernetes
+}
 
 // SyncRequest is where the receiver of a direction asks its writer for repair.
 func SyncRequest(node string, d Direction) Topic {
@@ -271,14 +294,16 @@ func OfDevice(node string, k Kind, ns, device string) Filter {
 	return Filter(string(build(node, k, ns, device)) + "/#")
 }
 
-// Parsed is a topic taken apart. Namespace, Name and Property are empty where
-// the kind has no such level; Rest holds the free levels of an event topic.
+// Parsed is a topic taken apart. Namespace, Name, Property and Regarding are empty
+// where the kind has no such level; Regarding is the kind of the Kubernetes object
+// that an event is about; Rest holds the free levels of an event topic.
 type Parsed struct {
 	Node      string
 	Kind      Kind
 	Namespace string
 	Name      string
 	Property  string
+	Regarding string
 	Rest      string
 }
 
@@ -289,6 +314,8 @@ func (p Parsed) Topic() Topic {
 		return build(p.Node, p.Kind, p.Namespace, p.Name)
 	case shapeProperty:
 		return build(p.Node, p.Kind, p.Namespace, p.Name, p.Property)
+	case shapeRegarding:
+		return build(p.Node, p.Kind, p.Namespace, p.Regarding, p.Name)
 	case shapeOpen:
 		return build(p.Node, p.Kind, p.Rest)
 	default:
@@ -301,7 +328,7 @@ func (p Parsed) Topic() Topic {
 // link (its Will is written by the broker), set, event and sync.
 func (p Parsed) Direction() (d Direction, ok bool) {
 	switch p.Kind {
-	case KindDesiredPod, KindDesiredConfigMap, KindDesiredSecret, KindDesiredDevice, KindDesiredTwin:
+	case KindDesiredPod, KindDesiredConfigMap, KindDesiredSecret, KindDesiredToken, KindDesiredDevice, KindDesiredTwin:
 		return Desired, true
 	case KindReportedNode, KindReportedPod, KindReportedDevice, KindReportedTarget, KindReportedTwin:
 		return Reported, true
@@ -379,8 +406,19 @@ func (p *Parsed) fill(s shape, tail string) error {
 		if err := CheckProperty(p.Property); err != nil {
 			return err
 		}
+	case shapeRegarding:
+		if len(levels) != 3 {
+			return fmt.Errorf("%s wants <namespace>/<kind>/<name>, got %q", p.Kind, tail)
+		}
+		p.Regarding = levels[1]
+		if !regardingForm.MatchString(p.Regarding) {
+			return fmt.Errorf("kind %q: want that of a Kubernetes object, such as Pod", p.Regarding)
+		}
 	}
 	p.Namespace, p.Name = levels[0], levels[1]
+	if s == shapeRegarding {
+		p.Name = levels[2]
+	}
 	if err := CheckName("namespace", p.Namespace); err != nil {
 		return err
 	}
@@ -388,6 +426,8 @@ func (p *Parsed) fill(s shape, tail string) error {
 }
 
 var propertyForm = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_.-]{0,62}$`)
+
+var regardingForm = regexp.MustCompile(`^[A-Z][A-Za-z0-9]{0,62}$`)
 
 // CheckProperty refuses what cannot be a property's name.
 func CheckProperty(s string) error {

@@ -60,10 +60,11 @@ var rules = []rule{
 		never:    []string{module + "/broker", "github.com/mochi-mqtt", "github.com/cockroachdb/pebble", "k8s.io", "sigs.k8s.io"},
 	},
 	{
-		of:     "edge",
-		reason: "the edge restarts without the cloud and stays small: it meets the cloud over MQTT only, and memory is won by linking less",
-		may:    []string{"schemas", "broker"},
-		never:  []string{module + "/cloudbridge", "k8s.io/client-go", "k8s.io/kubernetes"},
+		of:       "edge",
+		reason:   "the edge restarts without the cloud and stays small: it meets the cloud over MQTT only, and memory is won by linking less",
+		may:      []string{"schemas", "broker"},
+		testsMay: []string{runtimeForTests}, // real containers in tests
+		never:    []string{module + "/cloudbridge", "k8s.io/client-go", "k8s.io/kubernetes"},
 	},
 	{
 		of:     "cloudbridge",
@@ -84,9 +85,12 @@ var rules = []rule{
 	},
 }
 
-// slaveForTests is the one tool that the tests of a part may import: a Modbus
-// slave that is not ours, which the mappers' and the end-to-end tests share.
-const slaveForTests = "tools/testslave"
+// The tools that the tests of a part may import, which share them with the
+// end-to-end tests.
+const (
+	slaveForTests   = "tools/testslave"   // a Modbus slave that is not ours
+	runtimeForTests = "tools/testruntime" // a containerd of the test's own
+)
 
 // clientBelowBroker are the packages that `never: module/broker` does not mean.
 var clientBelowBroker = module + "/broker/client"
@@ -292,6 +296,8 @@ func TestRulesCatch(t *testing.T) {
 		{from: "edge/link", imports: module + "/cloudbridge", test: true, broken: true},
 		{from: "edge/cmd/fairlead-edge", imports: "k8s.io/client-go/kubernetes", broken: true},
 		{from: "edge/pods", imports: "k8s.io/api/core/v1", broken: false},
+		{from: "edge/pods/cri", imports: module + "/tools/testruntime", test: true, broken: false},
+		{from: "edge/pods/cri", imports: module + "/tools/testruntime", broken: true},
 		{from: "edge/pods", imports: module + "/mappers/driver", broken: true},
 		{from: "cloudbridge/status", imports: "k8s.io/client-go/kubernetes", broken: false},
 		{from: "cloudbridge/status", imports: module + "/edge/twin", broken: true},
@@ -329,7 +335,7 @@ func TestNobodyImportsToolsOrCommands(t *testing.T) {
 			if !ok {
 				continue
 			}
-			if below(to, "tools") && !below(from, "tools") && (to != slaveForTests || slices.Contains(p.Imports, i)) {
+			if below(to, "tools") && !below(from, "tools") && (to != slaveForTests && to != runtimeForTests || slices.Contains(p.Imports, i)) {
 				t.Errorf("%s imports %s\n\tbut: tools are for developers and may need anything; what a product needs belongs to a part", from, to)
 			}
 			if home := command(to); home != "" && !below(from, home) {

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/fairlead-io/fairlead/edge"
+	"github.com/fairlead-io/fairlead/edge/node"
 )
 
 var version = "devel" // set by the linker
@@ -53,6 +54,17 @@ func run(args []string, out io.Writer) error {
 	fs.IntVar(&cfg.MaxClients, "max-clients", edge.DefaultMaxClients, "connections that each listener of the bus takes")
 	fs.IntVar(&cfg.Queue.Messages, "queue-messages", edge.DefaultQueueMessages, "messages that wait for one client with a persistent session; beyond it the oldest are dropped, or publishers refused (see ?queue-full=refuse)")
 	fs.Int64Var(&cfg.Queue.Bytes, "queue-bytes", edge.DefaultQueueBytes, "bytes that wait for one such client")
+	fs.StringVar(&cfg.Pods.Runtime, "runtime", "", "CRI socket of the container runtime, such as unix:///run/containerd/containerd.sock; without it the node runs no pods")
+	fs.StringVar(&cfg.Pods.Static, "static-pods", "", "folder of pod manifests that the node runs by itself")
+	fs.StringVar(&cfg.Pods.Logs, "pod-logs", "/var/log/pods", "folder of the pods' logs")
+	fs.StringVar(&cfg.Pods.CgroupRoot, "cgroup-root", "/fairlead", "cgroup that the pods' cgroups are made in")
+	fs.StringSliceVar(&cfg.Pods.ClusterDNS, "cluster-dns", nil, "name servers of pods with dnsPolicy ClusterFirst")
+	fs.StringVar(&cfg.Pods.ClusterDomain, "cluster-domain", "cluster.local", "DNS domain of the cluster")
+	fs.StringVar(&cfg.Pods.NodeIP, "node-ip", "", "the node's address, or one of each family with a comma between; the host's by default")
+	fs.StringArrayVar(&cfg.Pods.Devices, "device", nil, "NAME=PATH of a device that pods may ask for as the resource fairlead.dev/NAME; may be repeated")
+	fs.StringVar(&cfg.Pods.Reserved, "reserved", "", "what pods do not get of the node, such as cpu=100m,memory=128Mi")
+	fs.IntVar(&cfg.Pods.MaxPods, "max-pods", node.DefaultMaxPods, "pods that the node runs")
+	fs.IntVar(&cfg.Pods.ParallelPulls, "parallel-pulls", 1, "images that are pulled at once")
 	fs.StringArrayVar(&cfg.Origins, "allow-origin", nil, "browser origin that may use a WebSocket listener; may be repeated")
 	fs.StringVar(&cfg.Metrics, "metrics", "", "where /metrics, /healthz and /readyz listen, such as 127.0.0.1:9464; off by default")
 	fs.StringVar(&level, "log-level", "info", "debug, info, warn or error")

@@ -1,0 +1,4 @@
+package pods
+
+// Defaults fills in what the API server would have.
+var Defaults = defaults

@@ -1,0 +1,50 @@
+package pods
+
+import (
+	"context"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/fairlead-io/fairlead/edge/node"
+)
+
+// State is what the engine knows of the node.
+type State struct {
+	// Runtime names the container runtime, such as containerd://1.6.20; empty before
+	// it has answered once.
+	Runtime string
+	// Problems keep pods from running, in the kubelet's words.
+	Problems []error
+	// Images are those on the node.
+	Images []*runtimeapi.Image
+}
+
+// State gives what was found out last.
+func (e *Engine) State() State {
+	if s := e.state.Load(); s != nil {
+		return *s
+	}
+	return State{Problems: []error{node.ErrRuntimeDown}}
+}
+
+// Refresh takes the facts about the host anew, now.
+func (e *Engine) Refresh() { e.askRelist() }
+
+// observe finds out how the runtime is.
+func (e *Engine) observe(ctx context.Context) {
+	st, err := e.cri.Status(ctx, false)
+	if ctx.Err() != nil {
+		return
+	}
+	s := State{Problems: node.RuntimeProblems(st.GetStatus(), err)}
+	if r := e.node.Load().Runtime; r.Name != "" {
+		s.Runtime = r.Name + "://" + r.Version
+	}
+	if s.Images, err = e.cri.ListImages(ctx, nil); err != nil {
+		s.Images = e.State().Images
+	}
+	e.state.Store(&s)
+	if e.cfg.Changed != nil {
+		e.cfg.Changed()
+	}
+}

@@ -1,0 +1,355 @@
+package pods
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/fairlead-io/fairlead/edge/pods/cri"
+	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
+	"github.com/fairlead-io/fairlead/edge/pods/probe"
+	"github.com/fairlead-io/fairlead/edge/pods/spec"
+	"github.com/fairlead-io/fairlead/edge/pods/volume"
+)
+
+// input gathers what the decisions about the pod rest on.
+func (p *pod) input(w *want, s *seen) podstatus.Input {
+	n := p.e.node.Load()
+	in := podstatus.Input{
+		Pod: w.pod, Previous: p.status, Sandboxes: s.sandboxes, Containers: s.containers,
+		Runtime: n.Runtime.Name, RecursiveReadOnly: p.e.recursiveReadOnly(w.pod),
+		HostIPs: n.HostIPs, QOS: spec.QOS(w.pod), Hash: spec.Hash,
+		Waiting: p.waiting, Probes: p.e.probes, Now: time.Now(),
+	}
+	if len(w.gates) > 0 {
+		in.Gates = map[corev1.PodConditionType]corev1.ConditionStatus{}
+		for k, v := range w.gates {
+			in.Gates[corev1.PodConditionType(k)] = corev1.ConditionStatus(v)
+		}
+	}
+	if w.ending != nil {
+		in.Failed = &w.ending.Failure
+	}
+	return in
+}
+
+// sync brings the pod one step nearer to what is wanted. next is when to look again
+// though nothing happens; zero is never.
+func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
+	w := p.want()
+	if p.done {
+		return next, nil
+	}
+	if w.ending != nil && w.ending.rejected && !w.deleting() && len(p.ids) == 0 {
+		in := p.input(&w, &seen{})
+		status, _ := podstatus.Compute(in)
+		p.report(&w, status, false)
+		return next, nil
+	}
+	s, err := p.look(ctx)
+	if err != nil {
+		return next, err
+	}
+	in := p.input(&w, s)
+	status, terminal := podstatus.Compute(in)
+	if w.deleting() || w.ending != nil || terminal {
+		return next, p.finish(ctx, &w, s, status)
+	}
+	p.report(&w, status, false)
+	if d := podstatus.Deadline(w.pod, &status); !d.IsZero() {
+		next = d
+	}
+	actions := podstatus.Next(in, status)
+	due, err := p.prepare(ctx, &w)
+	next = sooner(next, due)
+	if err != nil {
+		return next, err
+	}
+	if actions.None() {
+		p.watchProbes(&w, s)
+		return next, nil
+	}
+	due, err = p.act(ctx, &w, s, &actions)
+	next = sooner(next, due)
+	if ctx.Err() != nil {
+		return next, ctx.Err()
+	}
+	// What was done is seen by looking; what could not be done yet waits for next.
+	after, lookErr := p.look(ctx)
+	if lookErr != nil {
+		return next, errors.Join(err, lookErr)
+	}
+	in = p.input(&w, after)
+	status, terminal = podstatus.Compute(in)
+	p.watchProbes(&w, after)
+	if terminal {
+		p.wake()
+		return next, err
+	}
+	p.report(&w, status, false)
+	if err == nil && p.progress {
+		p.wake() // there may be more to do, such as the next init container
+	}
+	return next, err
+}
+
+// sooner gives the earlier of two times, of which zero is never.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// prepare makes what containers need beside the sandbox: cgroup and volumes.
+func (p *pod) prepare(ctx context.Context, w *want) (next time.Time, err error) {
+	pod := w.pod
+	if !p.prepared {
+		if err := p.e.ensureCgroup(ctx, pod); err != nil {
+			p.event(podRef(pod), corev1.EventTypeWarning, "FailedCreatePodContainer", fmt.Sprintf("unable to ensure pod container exists: %v", err))
+			return next, err
+		}
+		if err := p.e.volumes.SetUp(ctx, pod); err != nil {
+			missing := volume.Missing(err)
+			for _, m := range missing {
+				p.event(podRef(pod), corev1.EventTypeWarning, "FailedMount", m.Message)
+			}
+			if len(missing) == 0 {
+				p.event(podRef(pod), corev1.EventTypeWarning, "FailedMount", "Unable to attach or mount volumes: "+err.Error())
+			}
+			return next, fmt.Errorf("volumes: %w", err)
+		}
+		p.prepared, p.stale = true, true
+	}
+	if p.stale || !p.refreshAt.IsZero() && !time.Now().Before(p.refreshAt) {
+		p.stale = false
+		if p.refreshAt, err = p.e.volumes.Update(pod); err != nil {
+			// What the containers have stays.
+			for _, m := range volume.Missing(err) {
+				p.event(podRef(pod), corev1.EventTypeWarning, "FailedMount", m.Message)
+			}
+			p.refreshAt = sooner(p.refreshAt, time.Now().Add(retryMost))
+		}
+	}
+	return p.refreshAt, nil
+}
+
+// refresh looks at the volumes again: what they are made of has changed.
+func (p *pod) refresh() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mu.refresh = true
+	p.wakeLocked()
+}
+
+// act carries the actions out. next is when a back-off ends.
+func (p *pod) act(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (next time.Time, err error) {
+	p.progress = false
+	pod := w.pod
+	switch {
+	case a.KillPod:
+		if a.CreateSandbox {
+			p.event(podRef(pod), corev1.EventTypeNormal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
+		}
+		if err := p.stop(ctx, pod, s, nil); err != nil {
+			p.event(podRef(pod), corev1.EventTypeWarning, "FailedKillPod", "error killing pod: "+err.Error())
+			return next, err
+		}
+		p.progress = true
+	default:
+		for _, k := range a.Kill {
+			c, ok := byID(s, k.ID)
+			if !ok {
+				continue
+			}
+			if err := p.kill(ctx, pod, c, s.ips(), k.Reason, k.Message, nil, nil); err != nil {
+				return next, err
+			}
+			p.progress = true
+		}
+		for _, r := range a.Reset {
+			if c, ok := byID(s, r.ID); ok && r.Kill {
+				zero := int64(0)
+				if err := p.kill(ctx, pod, c, s.ips(), podstatus.RestartAll, "", &zero, nil); err != nil {
+					return next, err
+				}
+			}
+			if err := p.remove(ctx, r.ID); err != nil {
+				return next, err
+			}
+			p.progress = true
+		}
+	}
+	for _, id := range a.Prune {
+		if err := p.remove(ctx, id); err != nil {
+			return next, err
+		}
+	}
+	if !a.CreateSandbox && len(a.Start)+len(a.StartInit)+len(a.StartEphemeral) == 0 {
+		return next, nil
+	}
+	run, err := p.sandbox(ctx, w, s, a)
+	if err != nil {
+		return next, err
+	}
+	return p.startAll(ctx, w, s, a, run)
+}
+
+func byID(s *seen, id string) (podstatus.Container, bool) {
+	for _, c := range s.containers {
+		if c.ID == id {
+			return c, true
+		}
+	}
+	return podstatus.Container{}, false
+}
+
+// remove removes a container that does not run.
+func (p *pod) remove(ctx context.Context, id string) error {
+	if err := p.e.cri.RemoveContainer(ctx, id); err != nil && !cri.IsNotFound(err) {
+		return fmt.Errorf("remove container %.12s: %w", id, err)
+	}
+	return nil
+}
+
+// watchProbes tells the prober what runs.
+func (p *pod) watchProbes(w *want, s *seen) {
+	var running []probe.Running
+	for _, c := range s.running() {
+		running = append(running, probe.Running{Name: c.Name, ID: c.ID, Since: c.Started, Started: p.started(c.ID)})
+	}
+	p.e.probes.Set(w.pod, first(p.addresses(w, s)), running)
+	p.e.watchLogs(p, s)
+}
+
+// started tells whether the container was reported as started before.
+func (p *pod) started(id string) bool {
+	for _, list := range [][]corev1.ContainerStatus{p.status.InitContainerStatuses, p.status.ContainerStatuses} {
+		for i := range list {
+			if c := &list[i]; strings.HasSuffix(c.ContainerID, "://"+id) {
+				return c.Started != nil && *c.Started
+			}
+		}
+	}
+	return false
+}
+
+// addresses are what the containers know as the pod's.
+func (p *pod) addresses(w *want, s *seen) []string {
+	if w.pod.Spec.HostNetwork {
+		return p.e.node.Load().HostIPs
+	}
+	return s.ips()
+}
+
+func first(s []string) string {
+	if len(s) == 0 {
+		return ""
+	}
+	return s[0]
+}
+
+// finish ends the pod: its containers, its sandbox, its volumes and its cgroup,
+// and, where it is deleted, every trace of it.
+func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodStatus) error {
+	if w.wanted {
+		p.report(w, status, false)
+	}
+	pod := w.pod
+	p.e.probes.Ending(p.uid)
+	var grace *int64
+	if w.ending != nil {
+		grace = w.ending.grace
+	}
+	if alive(s) {
+		if err := p.stop(ctx, pod, s, grace); err != nil {
+			if ctx.Err() == nil {
+				p.event(podRef(pod), corev1.EventTypeWarning, "FailedKillPod", "error killing pod: "+err.Error())
+			}
+			return err
+		}
+		var err error
+		if s, err = p.look(ctx); err != nil {
+			return err
+		}
+		if len(s.running()) > 0 {
+			return errors.New("a container began while the pod was ended")
+		}
+	}
+	p.e.probes.Forget(p.uid)
+	in := p.input(w, s)
+	in.Stopped = true
+	status, _ = podstatus.Compute(in)
+	if w.wanted {
+		p.report(w, status, false)
+		if err := p.e.out.settle(ctx, p.topic); err != nil {
+			return err
+		}
+	}
+	if err := p.e.volumes.TearDown(ctx, p.uid); err != nil {
+		return fmt.Errorf("volumes: %w", err)
+	}
+	if err := p.e.tree.RemovePod(ctx, p.uid); err != nil {
+		return fmt.Errorf("cgroup: %w", err)
+	}
+	p.prepared = false
+	p.e.images.Forget(p.uid)
+	if !w.deleting() {
+		return nil // its dead containers stay for their logs, until it is deleted
+	}
+	for _, c := range s.containers {
+		if err := p.remove(ctx, c.ID); err != nil {
+			return err
+		}
+	}
+	for _, b := range s.sandboxes {
+		if err := p.e.cri.RemovePodSandbox(ctx, b.Id); err != nil && !cri.IsNotFound(err) {
+			return fmt.Errorf("remove sandbox %.12s: %w", b.Id, err)
+		}
+	}
+	if err := p.e.removeLogs(pod); err != nil {
+		return err
+	}
+	p.e.learn(p, nil)
+	if w.wanted {
+		p.report(w, status, true)
+		return nil
+	}
+	p.retract()
+	if err := p.e.out.settle(ctx, p.topic); err != nil { // else it would look like an orphan's
+		return err
+	}
+	p.done = true
+	return nil
+}
+
+// alive tells whether something of the pod may still run.
+func alive(s *seen) bool {
+	for _, b := range s.sandboxes {
+		if ready(b) {
+			return true
+		}
+	}
+	return len(s.running()) > 0
+}
+
+// waits notes why a container does not run.
+func (p *pod) waits(name, reason, message string) {
+	if p.waiting[name] == (podstatus.Waiting{Reason: reason, Message: message}) {
+		return
+	}
+	p.waiting = maps.Clone(p.waiting) // the input of a decision keeps the old one
+	p.waiting[name] = podstatus.Waiting{Reason: reason, Message: message}
+}
+
+func (p *pod) runs(name string) {
+	if _, ok := p.waiting[name]; ok {
+		p.waiting = maps.Clone(p.waiting)
+		delete(p.waiting, name)
+	}
+}

@@ -1,0 +1,5 @@
+package volume
+
+const killDir = "FAIRLEAD_KILL"
+
+func killed(string) {}
