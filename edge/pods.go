@@ -91,7 +91,7 @@ func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Reg
 	n.offer = node.Offer{MaxPods: c.MaxPods, Data: cfg.Dir, Reserved: []corev1.ResourceList{reserved}, Devices: n.devices}
 	n.engine, err = pods.New(pods.Config{
 		Node: cfg.Node, Dir: cfg.Dir, Bus: bus, Runtime: c.Runtime, Key: n.key,
-		LogRoot: c.Logs, CgroupRoot: c.CgroupRoot, StaticPods: c.Static,
+		LogRoot: c.Logs, LogLinks: links(c.Logs), CgroupRoot: c.CgroupRoot, StaticPods: c.Static,
 		ClusterDNS: c.ClusterDNS, ClusterDomain: c.ClusterDomain, ParallelPulls: c.ParallelPulls,
 		Host: n.host, Changed: n.tell,
 		Settled: func() bool { return n.whole(l) },
@@ -231,3 +231,12 @@ func sealKey(dir string) (*seal.Key, error) {
 
 var _ = slices.Clone[[]int]
 var _ = time.Second
+
+// links is where log collectors look for the logs of containers, if the pods' logs
+// are where they expect them too.
+func links(logs string) string {
+	if filepath.Clean(logs) == "/var/log/pods" {
+		return "/var/log/containers"
+	}
+	return ""
+}

@@ -39,6 +39,12 @@ func (e *Engine) admit(p *pod, pod *corev1.Pod) {
 			r = &spec.Rejection{Reason: reason, Message: message}
 		}
 	}
+	if r != nil && len(r.Insufficient) > 0 {
+		var others []*corev1.Pod
+		if others, r = spec.Preempt(pod, active, r.Insufficient); r == nil {
+			e.makeWay(others)
+		}
+	}
 	if r == nil {
 		return
 	}
@@ -47,6 +53,21 @@ func (e *Engine) admit(p *pod, pod *corev1.Pod) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.mu.ending = &ending{Failure: podstatus.Failure{Reason: r.Reason, Message: "Pod was rejected: " + r.Message}, rejected: true}
+}
+
+// makeWay ends pods in whose place a critical one runs.
+func (e *Engine) makeWay(others []*corev1.Pod) {
+	const reason, message = "Preempting", "Preempted in order to admit critical pod"
+	for _, o := range others {
+		e.events.Event(podRef(o), corev1.EventTypeWarning, reason, message)
+		if p := e.lookup(o.UID); p != nil {
+			p.update(func() {
+				if p.mu.ending == nil {
+					p.mu.ending = &ending{Failure: podstatus.Failure{Reason: reason, Message: message, Disruption: true}}
+				}
+			})
+		}
+	}
 }
 
 // over tells whether the pod has ended, as far as was reported.

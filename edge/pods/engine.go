@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,6 +47,9 @@ type Config struct {
 	Key *seal.Key
 	// LogRoot holds the pods' log folders; /var/log/pods where it is empty.
 	LogRoot string
+	// LogLinks gets a link to every container's log, for log collectors, such as
+	// /var/log/containers; empty for none.
+	LogLinks string
 	// CgroupRoot is the cgroup that kubepods is made in; /fairlead where it is empty,
 	// so that a kubelet on the same machine has its own.
 	CgroupRoot string
@@ -89,6 +93,7 @@ type Engine struct {
 	gc      *gc.Collector
 	events  *events.Recorder
 	tree    *cgroup.Tree
+	gate    *gate
 	metrics *metrics
 
 	driver     string // of the cgroups
@@ -131,7 +136,7 @@ func New(cfg Config) (*Engine, error) {
 	e := &Engine{
 		cfg: cfg, log: cfg.Logger, bus: cfg.Bus, in: newInbox(), out: newOutbox(cfg.Bus, cfg.Logger),
 		objects:   &objects{node: cfg.Node, bus: cfg.Bus, key: cfg.Key},
-		relistNow: make(chan struct{}, 1),
+		relistNow: make(chan struct{}, 1), gate: newGate(2 * runtime.NumCPU()),
 	}
 	e.mu.pods, e.mu.desired = map[types.UID]*pod{}, map[string]*pod{}
 	e.mu.ids, e.mu.logs = map[string]types.UID{}, map[string]string{}

@@ -3,6 +3,7 @@ package pods
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -141,10 +142,18 @@ func (e *Engine) restore(ctx context.Context, o *orphan) (*corev1.Pod, error) {
 		return nil, fmt.Errorf("list the containers of pod %s: %w", o.uid, err)
 	}
 	for _, c := range containers {
-		if s, ok := c.Annotations["io.kubernetes.pod.terminationGracePeriod"]; ok {
-			if g, err := strconv.ParseInt(s, 10, 64); err == nil {
-				p.Spec.TerminationGracePeriodSeconds = &g
+		if g, err := strconv.ParseInt(c.Annotations[spec.AnnotationTerminationGracePeriod], 10, 64); err == nil {
+			p.Spec.TerminationGracePeriodSeconds = &g
+		}
+		pc := corev1.Container{Name: c.Labels[labelContainer]}
+		if text, ok := c.Annotations[spec.AnnotationPreStop]; ok {
+			var h corev1.LifecycleHandler
+			if json.Unmarshal([]byte(text), &h) == nil {
+				pc.Lifecycle = &corev1.Lifecycle{PreStop: &h}
 			}
+		}
+		if containerOf(p, pc.Name) == nil {
+			p.Spec.Containers = append(p.Spec.Containers, pc)
 		}
 	}
 	return p, nil

@@ -56,7 +56,7 @@ func (e *Engine) connect() (err error) {
 		return err
 	}
 	e.gc = &gc.Collector{
-		Runtime: e.cri, Labels: map[string]string{labelNode: e.cfg.Node}, LogRoot: e.cfg.LogRoot,
+		Runtime: e.cri, Labels: map[string]string{labelNode: e.cfg.Node}, LogRoot: e.cfg.LogRoot, LinkDir: e.cfg.LogLinks,
 		Gone: e.gone, Logger: e.log,
 	}
 	e.probes, err = probe.New(probe.Config{Exec: e.execCode, Changed: e.wake, Event: e.probeEvent, Logger: e.log, Metrics: e.cfg.Metrics})

@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
 	"github.com/fairlead-io/fairlead/schemas/payload"
@@ -53,12 +54,13 @@ type pod struct {
 	waiting   map[string]podstatus.Waiting // by container, why it does not run; replaced, not changed
 	failures  int                          // syncs in a row that failed
 	dead      map[string]podstatus.Container
-	ids       []string  // what the runtime has of it, as the engine was told
-	prepared  bool      // cgroup and volumes are there
-	stale     bool      // what the volumes are made of may have changed
-	refreshAt time.Time // when the volumes want to be looked at again; zero is never
-	progress  bool      // the last sync did something
-	done      bool      // nothing of it is left
+	ids       []string                       // what the runtime has of it, as the engine was told
+	prepared  bool                           // cgroup and volumes are there
+	stale     bool                           // what the volumes are made of may have changed
+	refreshAt time.Time                      // when the volumes want to be looked at again; zero is never
+	progress  bool                           // the last sync did something
+	old       []*runtimeapi.PodSandboxStatus // dead sandboxes whose network is still there
+	done      bool                           // nothing of it is left
 }
 
 // ending is why a pod has to end for good.

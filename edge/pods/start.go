@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/status"
@@ -11,6 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/fairlead-io/fairlead/edge/pods/image"
+	"github.com/fairlead-io/fairlead/edge/pods/logs"
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 	"github.com/fairlead-io/fairlead/edge/pods/volume"
@@ -53,7 +56,12 @@ func (p *pod) sandbox(ctx context.Context, w *want, s *seen, a *podstatus.Action
 	if err := p.e.ensureLogs(cfg.LogDirectory); err != nil {
 		return nil, err
 	}
-	if r.id, err = p.e.cri.RunPodSandbox(ctx, cfg, n.RuntimeHandler(pod)); err != nil {
+	if err := p.e.gate.enter(ctx, toBegin); err != nil {
+		return nil, err
+	}
+	r.id, err = p.e.cri.RunPodSandbox(ctx, cfg, n.RuntimeHandler(pod))
+	p.e.gate.leave()
+	if err != nil {
 		if ctx.Err() == nil {
 			p.event(podRef(pod), corev1.EventTypeWarning, "FailedCreatePodSandBox", "Failed to create pod sandbox: "+err.Error())
 		}
@@ -79,7 +87,13 @@ func (p *pod) startAll(ctx context.Context, w *want, s *seen, a *podstatus.Actio
 			next = sooner(next, at)
 			return false
 		}
-		if err := p.start(ctx, w, s, r, c, target); err != nil {
+		err := p.start(ctx, w, s, r, c, target)
+		var img *image.Error
+		switch {
+		case errors.As(err, &img) && img.Until.After(time.Now()):
+			next = sooner(next, img.Until) // there is no use in trying before
+			return false
+		case err != nil:
 			errs = append(errs, fmt.Errorf("container %s: %w", c.Name, err))
 			return false
 		}
@@ -140,9 +154,14 @@ func (p *pod) start(ctx context.Context, w *want, s *seen, r *run, c *corev1.Con
 		}
 		return fmt.Errorf("%s: %w", reason, err)
 	}
-	ref, err := p.e.images.Ensure(ctx, pod, c, p.pullSecrets(pod), r.config)
+	secrets, missing := p.pullSecrets(pod)
+	ref, err := p.e.images.Ensure(ctx, pod, c, secrets, r.config)
 	if err != nil {
 		var e *image.Error
+		if len(missing) > 0 && errors.As(err, &e) && e.Reason == image.ErrImagePull {
+			p.event(podRef(pod), corev1.EventTypeWarning, "FailedToRetrieveImagePullSecret",
+				fmt.Sprintf("Unable to retrieve some image pull secrets (%s); attempting to pull the image may not succeed.", strings.Join(missing, ", ")))
+		}
 		if !errors.As(err, &e) {
 			return fail(image.ErrImagePull, "Failed", said(err), err)
 		}
@@ -182,17 +201,28 @@ func (p *pod) start(ctx context.Context, w *want, s *seen, r *run, c *corev1.Con
 	if err := p.e.ensureContainerLogs(r.config.LogDirectory, cfg.LogPath); err != nil {
 		return fail("CreateContainerConfigError", "Failed", err.Error(), err)
 	}
+	if err := p.e.gate.enter(ctx, toStart); err != nil {
+		return err
+	}
 	id, err := p.e.cri.CreateContainer(ctx, r.id, cfg, r.config)
 	if err != nil {
+		p.e.gate.leave()
 		return fail("CreateContainerError", "Failed", said(err), err)
 	}
 	p.event(about, corev1.EventTypeNormal, "Created", "Container created")
-	if err := p.e.cri.StartContainer(ctx, id); err != nil {
+	err = p.e.cri.StartContainer(ctx, id)
+	p.e.gate.leave()
+	if err != nil {
 		return fail("RunContainerError", "Failed", said(err), err)
 	}
 	p.e.metrics.started.Inc()
 	p.event(about, corev1.EventTypeNormal, "Started", "Container started")
 	p.runs(c.Name)
+	if dir := p.e.cfg.LogLinks; dir != "" {
+		if err := logs.Link(logs.LinkPath(dir, pod.Namespace, pod.Name, c.Name, id), filepath.Join(r.config.LogDirectory, cfg.LogPath)); err != nil {
+			p.log.Warn("the container's log has no link for log collectors", "container", c.Name, "error", err)
+		}
+	}
 	if c.Lifecycle == nil || c.Lifecycle.PostStart == nil {
 		return nil
 	}
@@ -241,7 +271,8 @@ func (p *pod) imageVolumes(ctx context.Context, pod *corev1.Pod, c *corev1.Conta
 			}
 			as := *c
 			as.Image, as.ImagePullPolicy = v.Image.Reference, v.Image.PullPolicy
-			ref, err := p.e.images.Ensure(ctx, pod, &as, p.pullSecrets(pod), r.config)
+			secrets, _ := p.pullSecrets(pod)
+			ref, err := p.e.images.Ensure(ctx, pod, &as, secrets, r.config)
 			if err != nil {
 				var e *image.Error
 				if errors.As(err, &e) {
@@ -283,13 +314,19 @@ func (p *pod) attempt(s *seen, c *corev1.Container) uint32 {
 	return 0
 }
 
-// pullSecrets are the pod's image pull secrets, as far as they have arrived.
-func (p *pod) pullSecrets(pod *corev1.Pod) []*corev1.Secret {
-	var out []*corev1.Secret
+// pullSecrets are the pod's image pull secrets that have arrived, and the names of
+// those that have not.
+func (p *pod) pullSecrets(pod *corev1.Pod) (secrets []*corev1.Secret, missing []string) {
 	for _, ref := range pod.Spec.ImagePullSecrets {
-		if s, err := p.e.objects.Secret(pod.Namespace, ref.Name); err == nil {
-			out = append(out, s)
+		if ref.Name == "" {
+			continue
 		}
+		s, err := p.e.objects.Secret(pod.Namespace, ref.Name)
+		if err != nil {
+			missing = append(missing, ref.Name)
+			continue
+		}
+		secrets = append(secrets, s)
 	}
-	return out
+	return secrets, missing
 }

@@ -72,7 +72,7 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 	}
 	if actions.None() {
 		p.watchProbes(&w, s)
-		return next, nil
+		return next, p.clear(ctx)
 	}
 	due, err = p.act(ctx, &w, s, &actions)
 	next = sooner(next, due)
@@ -152,6 +152,11 @@ func (p *pod) act(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (
 	p.progress = false
 	pod := w.pod
 	switch {
+	case a.KillPod && a.CreateSandbox && !alive(s) && !hostPorts(pod):
+		// The sandbox is dead already, as after a reboot: the new one does not wait
+		// until the old one's network is taken down.
+		p.event(podRef(pod), corev1.EventTypeNormal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
+		p.old = s.sandboxes
 	case a.KillPod:
 		if a.CreateSandbox {
 			p.event(podRef(pod), corev1.EventTypeNormal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
@@ -198,6 +203,36 @@ func (p *pod) act(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (
 		return next, err
 	}
 	return p.startAll(ctx, w, s, a, run)
+}
+
+// clear takes down the sandboxes that others have taken the place of.
+func (p *pod) clear(ctx context.Context) error {
+	for len(p.old) > 0 {
+		if err := p.e.gate.enter(ctx, toClear); err != nil {
+			return err
+		}
+		err := p.e.cri.StopPodSandbox(ctx, p.old[0].Id)
+		p.e.gate.leave()
+		if err != nil && !cri.IsNotFound(err) {
+			return fmt.Errorf("stop sandbox %.12s: %w", p.old[0].Id, err)
+		}
+		p.old = p.old[1:]
+	}
+	p.old = nil
+	return nil
+}
+
+// hostPorts tells whether a container has a port of the host, which two sandboxes
+// cannot have at once.
+func hostPorts(pod *corev1.Pod) bool {
+	for c := range containersOf(pod) {
+		for _, port := range c.Ports {
+			if port.HostPort != 0 {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func byID(s *seen, id string) (podstatus.Container, bool) {
@@ -287,9 +322,6 @@ func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodSta
 	status, _ = podstatus.Compute(in)
 	if w.wanted {
 		p.report(w, status, false)
-		if err := p.e.out.settle(ctx, p.topic); err != nil {
-			return err
-		}
 	}
 	if err := p.e.volumes.TearDown(ctx, p.uid); err != nil {
 		return fmt.Errorf("volumes: %w", err)
@@ -297,10 +329,15 @@ func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodSta
 	if err := p.e.tree.RemovePod(ctx, p.uid); err != nil {
 		return fmt.Errorf("cgroup: %w", err)
 	}
-	p.prepared = false
+	p.prepared, p.old = false, nil
 	p.e.images.Forget(p.uid)
 	if !w.deleting() {
 		return nil // its dead containers stay for their logs, until it is deleted
+	}
+	if w.wanted { // what the status was made from goes only once that is stored
+		if err := p.e.out.settle(ctx, p.topic); err != nil {
+			return err
+		}
 	}
 	for _, c := range s.containers {
 		if err := p.remove(ctx, c.ID); err != nil {

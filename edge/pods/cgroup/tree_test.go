@@ -76,14 +76,16 @@ func glob(p string) []string { m, _ := filepath.Glob(p); return m }
 func put(t *testing.T, tree *Tree, uid types.UID, qos corev1.PodQOSClass, argv ...string) *exec.Cmd {
 	t.Helper()
 	var joins []string
-	for _, h := range tree.hierarchies {
-		dir := filepath.Join(h.mount, tree.pod(uid, qos).path(tree.driver), "c1")
+	for _, mount := range mounts(t, tree) {
+		dir := filepath.Join(mount, tree.pod(uid, qos).path(tree.driver), "c1")
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if tree.version == 1 && slices.Contains(h.controllers, "cpuset") {
-			if err := inheritCPUSet(h.mount, dir); err != nil {
-				t.Fatal(err)
+		for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
+			if b, err := os.ReadFile(filepath.Join(dir, "..", f)); err == nil && tree.version == 1 {
+				if err := writeFile(filepath.Join(dir, f), strings.TrimSpace(string(b))); err != nil {
+					t.Fatal(err)
+				}
 			}
 		}
 		joins = append(joins, "echo $$ > "+filepath.Join(dir, "cgroup.procs"))
@@ -99,7 +101,18 @@ func put(t *testing.T, tree *Tree, uid types.UID, qos corev1.PodQOSClass, argv .
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	t.Cleanup(func() {
+		if t.Failed() { // it may be frozen
+			for _, h := range tree.hierarchies {
+				_, _ = killIn(filepath.Join(h.mount, tree.root.path(tree.driver)))
+				for _, f := range glob(filepath.Join(h.mount, tree.pod(uid, qos).path(tree.driver), "*", "freezer.state")) {
+					_ = writeFile(f, "THAWED")
+				}
+			}
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
 	r := bufio.NewReader(out)
 	want := []string{"in\n"}
 	if argv[0] == os.Args[0] {
@@ -111,6 +124,26 @@ func put(t *testing.T, tree *Tree, uid types.UID, qos corev1.PodQOSClass, argv .
 		}
 	}
 	return cmd
+}
+
+// mounts are the hierarchies that the machine has, not those that Open has found.
+func mounts(t *testing.T, tree *Tree) (out []string) {
+	t.Helper()
+	if tree.version == 2 {
+		return []string{tree.hierarchies[0].mount}
+	}
+	seen := map[uint64]bool{} // some are linked to
+	for _, p := range glob("/sys/fs/cgroup/*/cgroup.procs") {
+		var s syscall.Stat_t
+		if err := syscall.Stat(filepath.Dir(p), &s); err != nil {
+			t.Fatal(err)
+		}
+		if !seen[s.Dev] {
+			seen[s.Dev] = true
+			out = append(out, filepath.Dir(p))
+		}
+	}
+	return out
 }
 
 func read(t *testing.T, tree *Tree, controller string, n name, file string) string {
@@ -251,13 +284,21 @@ func TestRemovePod(t *testing.T) {
 				}
 			}
 			forks := put(t, tree, uid, corev1.PodQOSBestEffort, "sh", "-c", "trap '' TERM; while :; do sleep 1000 & sleep 0.01; done")
+			if version == 2 {
+				// The container has the controllers too.
+				dir := filepath.Join(tree.hierarchies[0].mount, tree.pod(uid, corev1.PodQOSBestEffort).path(tree.driver), "c1")
+				b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+				if err != nil || !slices.Equal(strings.Fields(string(b)), tree.hierarchies[0].controllers) {
+					t.Errorf("controllers of the container: %q, %v; want %v", b, err, tree.hierarchies[0].controllers)
+				}
+			}
 			sleeps := put(t, tree, other, corev1.PodQOSBestEffort, "sleep", "1000")
 			if dir, ok := tree.dir("freezer", tree.pod(uid, corev1.PodQOSBestEffort)); ok {
 				if err := writeFile(filepath.Join(dir, "c1", "freezer.state"), "FROZEN"); err != nil {
 					t.Fatal(err)
 				}
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
 			if err := tree.RemovePod(ctx, uid); err != nil {
 				t.Fatal(err)
@@ -265,8 +306,8 @@ func TestRemovePod(t *testing.T) {
 			if err := forks.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
 				t.Errorf("the program ended with %v, want killed", err)
 			}
-			for _, h := range tree.hierarchies {
-				if dir := filepath.Join(h.mount, tree.pod(uid, corev1.PodQOSBestEffort).path(tree.driver)); exists(dir) {
+			for _, mount := range mounts(t, tree) {
+				if dir := filepath.Join(mount, tree.pod(uid, corev1.PodQOSBestEffort).path(tree.driver)); exists(dir) {
 					t.Errorf("%s is left", dir)
 				}
 			}
@@ -288,17 +329,17 @@ func TestRemovePod(t *testing.T) {
 // may leave a cgroup in one hierarchy alone.
 func TestLeftoverInOneHierarchy(t *testing.T) {
 	tree := open(t, 1)
-	for _, h := range tree.hierarchies {
-		dir := filepath.Join(h.mount, tree.pod("8888", corev1.PodQOSBurstable).path(tree.driver), "c1")
+	for _, mount := range mounts(t, tree) {
+		dir := filepath.Join(mount, tree.pod("8888", corev1.PodQOSBurstable).path(tree.driver), "c1")
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
 		found, err := tree.Pods()
 		if err != nil || found["8888"] != corev1.PodQOSBurstable {
-			t.Errorf("pod in %s alone: found %v, %v", h.mount, found, err)
+			t.Errorf("pod in %s alone: found %v, %v", mount, found, err)
 		}
 		if err := tree.RemovePod(t.Context(), "8888"); err != nil || exists(filepath.Dir(dir)) {
-			t.Errorf("pod in %s alone: %v", h.mount, err)
+			t.Errorf("pod in %s alone: %v", mount, err)
 		}
 	}
 }

@@ -115,7 +115,9 @@ func TestSimilarEventsAreCombined(t *testing.T) {
 		r := run(t)
 		say := func(i int) Event {
 			t.Helper()
-			r.Eventf(pump, corev1.EventTypeWarning, "Unhealthy", "try %d", i)
+			ref := pump
+			ref.FieldPath = fmt.Sprintf("spec.containers{%d}", i%2) // is not looked at
+			r.Eventf(ref, corev1.EventTypeWarning, "Unhealthy", "try %d", i)
 			got := r.got()
 			if len(got) != 1 {
 				t.Fatalf("got %+v", got)
@@ -192,6 +194,12 @@ func TestSpam(t *testing.T) {
 		}
 		if say(pump, corev1.EventTypeWarning) != 0 {
 			t.Error("two tokens in five minutes")
+		}
+		time.Sleep(24 * time.Hour)
+		for i := range 26 {
+			if said := say(pump, corev1.EventTypeWarning) > 0; said != (i < 25) {
+				t.Fatalf("event %d after a day: said: %v", i+1, said)
+			}
 		}
 	})
 }
@@ -283,6 +291,17 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 	if a, b, d := c.similar.Len(), c.seen.Len(), c.buckets.Len(); a != records || b != records || d != records {
 		t.Errorf("%d, %d, %d records, want %d each", a, b, d, records)
+	}
+}
+
+func TestTheMessagesOfSimilarEventsAreBounded(t *testing.T) {
+	c := newCorrelator()
+	for i := range 100 {
+		c.correlate(Event{Ref: pump, Type: "Warning", Reason: "Unhealthy", Message: fmt.Sprint(i)}, time.UnixMilli(1790000000000))
+	}
+	s, ok := get[*similarities](c.similar, similarKey{spamKey{Ref{Kind: "Pod", Namespace: "default", Name: "pump", UID: pump.UID}, "Warning"}, "Unhealthy"})
+	if !ok || len(s.messages) != combineFrom-1 {
+		t.Errorf("%+v", s)
 	}
 }
 

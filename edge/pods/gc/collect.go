@@ -135,7 +135,7 @@ func (c *Collector) folders() error {
 	var errs []error
 	for _, e := range entries {
 		// Not those of pods that have finished: their last words are wanted.
-		if uid, ok := logs.PodUID(e.Name()); ok && e.IsDir() && c.Gone(uid) {
+		if uid, ok := logs.PodUID(e.Name()); ok && c.Gone(uid) {
 			errs = append(errs, os.RemoveAll(filepath.Join(c.LogRoot, e.Name())))
 		}
 	}

@@ -188,14 +188,14 @@ func (a *agent) must(w workload) string {
 }
 
 // refused ensures, and checks the reason why not.
-func (a *agent) refused(w workload, reason string) *Error {
+func (a *agent) refused(w workload, reason string) Error {
 	a.t.Helper()
 	ref, err := a.ensure(a.t.Context(), w)
 	var e *Error
 	if !errors.As(err, &e) || e.Reason != reason {
 		a.t.Fatalf("want %s, got %q, %v", reason, ref, err)
 	}
-	return e
+	return *e
 }
 
 func secret(uid, name string, auths string) *corev1.Secret {

@@ -483,7 +483,7 @@ func testOffline(t *testing.T, s *site) {
 	reg.Close()
 
 	e := stock.refused(w, ErrImagePull)
-	if !unreachable(e) || !strings.Contains(e.Message, "connection refused") {
+	if !unreachable(&e) || !strings.Contains(e.Message, "connection refused") {
 		t.Errorf("got %v", e)
 	}
 	if got := ours.must(w); got != want {

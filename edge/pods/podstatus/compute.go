@@ -44,7 +44,6 @@ func Compute(in Input) (status corev1.PodStatus, terminal bool) {
 	if in.Stopped {
 		in.settle(&s)
 	}
-	s.Resources, s.AllocatedResources = podResources(pod, old.Phase == corev1.PodRunning)
 	s.Conditions = in.conditions(&s)
 	terminal = terminalPhase(s.Phase)
 	if terminal && !terminalPhase(old.Phase) && in.couldRun() {
@@ -53,6 +52,7 @@ func Compute(in Input) (status corev1.PodStatus, terminal bool) {
 			s.Phase = corev1.PodPending
 		}
 	}
+	s.Resources, s.AllocatedResources = podResources(pod, s.Phase == corev1.PodRunning)
 	s.Conditions = in.disruption(&s)
 	in.addresses(&s)
 	in.trim(&s)

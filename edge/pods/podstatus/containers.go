@@ -82,11 +82,14 @@ func (in *Input) absent(spec *corev1.Container, old *corev1.ContainerStatus, res
 	if old == nil {
 		return s
 	}
-	if old.State.Terminated != nil {
+	_, restarts := in.waits(spec)
+	switch {
+	case old.State.Terminated == nil:
+		s.RestartCount, s.LastTerminationState = old.RestartCount, *old.LastTerminationState.DeepCopy()
+	case restarts: // it waits for its restart, as it will the next time
+		s.RestartCount, s.LastTerminationState = old.RestartCount, *old.State.DeepCopy()
+	default:
 		s = *old.DeepCopy()
-	} else {
-		s.RestartCount = old.RestartCount
-		s.LastTerminationState = *old.LastTerminationState.DeepCopy()
 	}
 	switch {
 	case restartAll && old.State.Waiting == nil:
@@ -171,14 +174,21 @@ func (in *Input) explain(s *corev1.ContainerStatus, spec *corev1.Container, k ki
 			return
 		}
 	}
-	w, ok := in.Waiting[spec.Name]
-	if !ok || !in.shouldRestart(spec) {
+	w, ok := in.waits(spec)
+	if !ok {
 		return
 	}
 	if s.State.Terminated != nil {
 		s.LastTerminationState = s.State
 	}
 	s.State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: w.Reason, Message: w.Message}}
+}
+
+// waits gives the reason why a container that has to be started has not been. In a
+// stopped pod nothing waits: there its end counts.
+func (in *Input) waits(spec *corev1.Container) (w Waiting, ok bool) {
+	w, ok = in.Waiting[spec.Name]
+	return w, ok && !in.Stopped && in.shouldRestart(spec)
 }
 
 // regularCreated: a regular container exists, so that initialization was over.

@@ -60,7 +60,7 @@ func Admit(pod *corev1.Pod, active []*corev1.Pod, node *corev1.Node, host *Node)
 	return nil
 }
 
-// admitDevices refuses a pod whose declared device is not plugged in, or taken.
+// admitDevices refuses a pod whose device is not declared, not plugged in, or taken.
 func admitDevices(pod *corev1.Pod, others []*corev1.Pod, node *corev1.Node, host *Node) *Rejection {
 	unexpected := func(format string, args ...any) *Rejection {
 		return &Rejection{Reason: unexpectedAdmission, Message: "Allocate failed due to " + fmt.Sprintf(format, args...) + ", which is unexpected"}
@@ -69,8 +69,11 @@ func admitDevices(pod *corev1.Pod, others []*corev1.Pod, node *corev1.Node, host
 	for _, name := range slices.Sorted(maps.Keys(requests)) {
 		devices, declared := host.Devices[name]
 		want := quantity(requests, name)
-		if !declared || want == 0 {
+		switch {
+		case want == 0 || !declared && !ours(name):
 			continue
+		case !declared:
+			return unexpected("cannot allocate unregistered device %s", name)
 		}
 		if slices.ContainsFunc(devices, func(d Device) bool { return d.HostPath == "" }) {
 			return unexpected("no healthy devices present; cannot allocate unhealthy devices %s", name)

@@ -57,6 +57,12 @@ func Container(in ContainerInput) (*runtimeapi.ContainerConfig, error) {
 
 func container(in ContainerInput) (*runtimeapi.ContainerConfig, error) {
 	c, pod, node := in.Container, in.Pod, in.Node
+	if _, _, err := Hostname(pod, node); err != nil {
+		return nil, err
+	}
+	if err := userNamespaces(pod, node); err != nil {
+		return nil, err
+	}
 	security, err := Security(pod, c, node, in.Image)
 	if err != nil {
 		return nil, err
@@ -147,14 +153,14 @@ func annotations(pod *corev1.Pod, c *corev1.Container, attempt uint32) (map[stri
 }
 
 // Hash tells versions of a container apart that need another container: those
-// with another name or image.
+// with another name or image. It is the stock kubelet's own hash.
 func Hash(c *corev1.Container) string {
 	text, err := json.Marshal(map[string]string{"name": c.Name, "image": c.Image})
 	if err != nil {
 		panic(err) // two strings
 	}
 	h := fnv.New32a()
-	h.Write(text)
+	fmt.Fprintf(h, "([]uint8)%d", text) // how the kubelet's dump of Go values has it
 	return strconv.FormatUint(uint64(h.Sum32()), 16)
 }
 
@@ -165,6 +171,13 @@ func stopSignal(s corev1.Signal) runtimeapi.Signal {
 	return runtimeapi.Signal(runtimeapi.Signal_value["SIGNAL_"+name])
 }
 
+// DeviceDomain begins the names of the resources that devices are declared as.
+const DeviceDomain = "fairlead.dev/"
+
+// ours says whether only a declared device can be the resource of that name. Other
+// extended resources may be none of the node's business.
+func ours(name corev1.ResourceName) bool { return strings.HasPrefix(string(name), DeviceDomain) }
+
 // devices are the device nodes of the extended resources that the container has.
 func devices(c *corev1.Container, node *Node) ([]*runtimeapi.Device, error) {
 	var out []*runtimeapi.Device
@@ -172,7 +185,11 @@ func devices(c *corev1.Container, node *Node) ([]*runtimeapi.Device, error) {
 		if q := c.Resources.Limits[name]; q.IsZero() {
 			continue
 		}
-		for _, d := range node.Devices[name] {
+		declared, ok := node.Devices[name]
+		if !ok && ours(name) {
+			return nil, fmt.Errorf("no device of this node is declared as resource %s", name)
+		}
+		for _, d := range declared {
 			if d.HostPath == "" {
 				return nil, fmt.Errorf("device %s of resource %s is not plugged in", d.Path, name)
 			}

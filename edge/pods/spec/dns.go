@@ -28,6 +28,7 @@ type Resolv struct {
 // the last one counts, an option given again replaces the earlier one.
 func ParseResolvConf(text string) (*Resolv, error) {
 	r := &Resolv{}
+	at := map[string]int{} // option → index
 	var err error
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
@@ -50,7 +51,13 @@ func ParseResolvConf(text string) (*Resolv, error) {
 			}
 		case "options":
 			for _, o := range fields[1:] {
-				r.Options = setOption(r.Options, o)
+				name, _, _ := strings.Cut(o, ":")
+				if i, ok := at[name]; ok {
+					r.Options[i] = o
+					continue
+				}
+				at[name] = len(r.Options)
+				r.Options = append(r.Options, o)
 			}
 		}
 	}
@@ -58,18 +65,6 @@ func ParseResolvConf(text string) (*Resolv, error) {
 		return nil, err
 	}
 	return r, nil
-}
-
-// setOption adds an option such as ndots:5, or replaces the one of its name.
-func setOption(options []string, option string) []string {
-	name, _, _ := strings.Cut(option, ":")
-	for i, o := range options {
-		if n, _, _ := strings.Cut(o, ":"); n == name {
-			options[i] = option
-			return options
-		}
-	}
-	return append(options, option)
 }
 
 // DNS makes the pod's resolv.conf from its dnsPolicy and dnsConfig, and says what
@@ -135,6 +130,18 @@ func DNS(pod *corev1.Pod, node *Node) (*runtimeapi.DNSConfig, []Event) {
 			"Search Line limits were exceeded, some search paths have been omitted, the applied search line is: " + strings.Join(fit, " ")})
 	}
 	return dns, events
+}
+
+// setOption adds an option such as ndots:5, or replaces the one of its name.
+func setOption(options []string, option string) []string {
+	name, _, _ := strings.Cut(option, ":")
+	for i, o := range options {
+		if n, _, _ := strings.Cut(o, ":"); n == name {
+			options[i] = option
+			return options
+		}
+	}
+	return append(options, option)
 }
 
 // fitSearches leaves out what is too much for resolvers: glibc 2.28 aborts on a

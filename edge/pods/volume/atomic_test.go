@@ -172,7 +172,9 @@ func TestSweep(t *testing.T) {
 		"..data is gone":         func() error { return os.Remove(dir + "/..data") },
 		"the content is another": func() error { return os.WriteFile(dir+"/..data/a", []byte("2"), 0o600) },
 		"the content is cut":     func() error { return os.Truncate(dir+"/..data/a", 0) },
-		"a file is a link":       func() error { return errors.Join(os.Remove(dir+"/..data/a"), os.Symlink(outside+"/a", dir+"/..data/a")) },
+		"a file is a link": func() error {
+			return errors.Join(os.Remove(dir+"/..data/a"), os.Symlink(outside+"/a", dir+"/..data/a"))
+		},
 	}
 	for name, f := range spoil {
 		t.Run(name, func(t *testing.T) {

@@ -125,7 +125,9 @@ func TestContent(t *testing.T) {
 	}, {
 		name:   "a token of a pod with one user is that user's alone",
 		volume: projected(token("token", "")),
-		change: func(p *corev1.Pod) { p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: ptr.To[int64](1000)} },
+		change: func(p *corev1.Pod) {
+			p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: ptr.To[int64](1000)}
+		},
 		memory: true,
 		want:   "1777 0:0 ./\n0755 0:0 ..stamp/\n0600 1000:0 ..stamp/token \"tok\"\n0777 0:0 ..data -> ..stamp\n0777 1000:0 token -> ..data/token\n",
 	}, {

@@ -40,14 +40,19 @@ func (v *Volumes) makeDir(pod *corev1.Pod, dir string, e corev1.EmptyDirVolumeSo
 		if size := v.tmpfsSize(pod, e.SizeLimit); size > 0 {
 			opts += fmt.Sprintf(",size=%d", size)
 		}
-		return makeMount(dir, "tmpfs", unix.TMPFS_MAGIC, opts, ",noswap")
+		_, err := makeMount(dir, "tmpfs", unix.TMPFS_MAGIC, opts, ",noswap")
+		return err
 	case isHugePages(medium):
 		size, err := pageSize(pod, medium)
 		if err != nil {
 			return err
 		}
 		opts := fmt.Sprintf("%s,pagesize=%d", mountOptions(mode(0o755), group), size)
-		if err := makeMount(dir, "hugetlbfs", unix.HUGETLBFS_MAGIC, opts, ""); err != nil {
+		fresh, err := makeMount(dir, "hugetlbfs", unix.HUGETLBFS_MAGIC, opts, "")
+		if err == nil && fresh { // its option mode knows no setgid
+			err = unix.Chmod(dir, mode(0o755))
+		}
+		if err != nil {
 			return err
 		}
 		var st unix.Statfs_t
@@ -94,29 +99,26 @@ func makeOnDisk(dir string, mode uint32, group *int64) error {
 
 // makeMount mounts a file system in memory, unless it is. The extra option is for
 // kernels that know it.
-func makeMount(dir, fstype string, magic uint32, opts, extra string) error {
+func makeMount(dir, fstype string, magic uint32, opts, extra string) (fresh bool, err error) {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o750); err != nil {
-		return err
+		return false, err
 	}
 	if err := os.Mkdir(dir, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+		return false, err
 	}
 	reached("mount point")
-	switch is, err := isMounted(dir, magic); {
-	case err != nil:
-		return err
-	case is:
-		return nil
+	if is, err := isMounted(dir, magic); err != nil || is {
+		return false, err
 	}
-	err := unix.Mount(fstype, dir, fstype, 0, opts+extra)
+	err = unix.Mount(fstype, dir, fstype, 0, opts+extra)
 	if errors.Is(err, unix.EINVAL) && extra != "" {
 		err = unix.Mount(fstype, dir, fstype, 0, opts)
 	}
 	if err != nil {
-		return &fs.PathError{Op: "mount " + fstype + " (" + opts + ")", Path: dir, Err: err}
+		return false, &fs.PathError{Op: "mount " + fstype + " (" + opts + ")", Path: dir, Err: err}
 	}
 	reached("mounted")
-	return nil
+	return true, nil
 }
 
 // isMounted tells whether a file system of the type begins at the folder.

@@ -193,7 +193,7 @@ func (r *remover) fail(op, name string, err error) error {
 
 // openFolder opens a folder in an open one for reading; not through a symlink, and
 // not where something is mounted: EXDEV.
-func openFolder(dir int, name string) (int, error) {
+var openFolder = func(dir int, name string) (int, error) {
 	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 	fd, err := unix.Openat2(dir, name, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_BENEATH})
 	if !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
