@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -271,7 +272,7 @@ func (e *Engine) newPodLocked(spec *corev1.Pod, static bool) *pod {
 		topic: topic.ReportedPod(e.cfg.Node, spec.Namespace, spec.Name),
 		log:   e.log.With("pod", spec.Namespace+"/"+spec.Name, "uid", spec.UID),
 	}
-	p.mu.spec, p.mu.wanted = spec, true
+	p.mu.spec, p.mu.wanted, p.since = spec, true, time.Now()
 	p.backoffs, p.waiting = map[string]*backoff{}, map[string]podstatus.Waiting{}
 	if b, ok := e.bus.Retained(p.topic); ok {
 		var r payload.ReportedPod

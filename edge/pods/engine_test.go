@@ -88,7 +88,7 @@ func newSite(t *testing.T) *site {
 
 func (s *site) host() spec.Node {
 	return spec.Node{
-		HostIPs: []string{"192.0.2.7"}, CPUs: 2, Memory: 8 << 30, NoOOMScore: true,
+		HostIPs: []string{"192.0.2.7"}, CPUs: 2, Memory: 8 << 30,
 		Resolv: &spec.Resolv{Nameservers: []string{"192.0.2.53"}},
 		Allocatable: corev1.ResourceList{
 			corev1.ResourceCPU: resource.MustParse("2"), corev1.ResourceMemory: resource.MustParse("8Gi"), corev1.ResourcePods: resource.MustParse("110"),

@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"maps"
 	"sync"
@@ -48,6 +49,7 @@ type pod struct {
 	}
 
 	// The fields below belong to the worker.
+	since     time.Time        // when this process first saw it
 	status    corev1.PodStatus // reported last
 	known     bool             // status was reported by somebody: the pod is not new
 	backoffs  map[string]*backoff
@@ -177,6 +179,9 @@ func (p *pod) work() {
 			p.wakeAt(time.Time{})
 		case err != nil && interrupted:
 			p.wake() // there is something else to do now
+		case errors.Is(err, errArriving):
+			p.failures = 0
+			p.wakeAt(sooner(next, p.since.Add(arrival)))
 		case err != nil:
 			p.failures++
 			p.e.metrics.syncErrors.Inc()

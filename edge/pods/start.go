@@ -291,6 +291,9 @@ func (p *pod) imageVolumes(ctx context.Context, pod *corev1.Pod, c *corev1.Conta
 
 // configError notes a container that cannot be made as described.
 func (p *pod) configError(err error, fail func(reason, event, message string, err error) error) error {
+	if p.arriving(err) {
+		return errArriving
+	}
 	var e *spec.ConfigError
 	if errors.As(err, &e) {
 		return fail(e.Reason, "Failed", e.Message, err)

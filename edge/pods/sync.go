@@ -13,6 +13,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/pods/cri"
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
 	"github.com/fairlead-io/fairlead/edge/pods/probe"
+	"github.com/fairlead-io/fairlead/edge/pods/source"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 	"github.com/fairlead-io/fairlead/edge/pods/volume"
 )
@@ -116,6 +117,9 @@ func (p *pod) prepare(ctx context.Context, w *want) (next time.Time, err error) 
 		}
 		if err := p.e.volumes.SetUp(ctx, pod); err != nil {
 			missing := volume.Missing(err)
+			if p.arriving(err) {
+				return next, errArriving
+			}
 			for _, m := range missing {
 				p.event(podRef(pod), corev1.EventTypeWarning, "FailedMount", m.Message)
 			}
@@ -137,6 +141,18 @@ func (p *pod) prepare(ctx context.Context, w *want) (next time.Time, err error) 
 		}
 	}
 	return p.refreshAt, nil
+}
+
+// arrival is how long what a new pod refers to may be on its way behind it before
+// anybody is told that it is missing.
+const arrival = 3 * time.Second
+
+// errArriving is the error of a sync that waits for it.
+var errArriving = errors.New("what the pod refers to has not arrived yet")
+
+// arriving tells whether an error is no news yet: what is missing may be about to come.
+func (p *pod) arriving(err error) bool {
+	return errors.Is(err, source.ErrNotFound) && time.Since(p.since) < arrival
 }
 
 // refresh looks at the volumes again: what they are made of has changed.
@@ -317,6 +333,7 @@ func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodSta
 		}
 	}
 	p.e.probes.Forget(p.uid)
+	p.e.watchLogs(p, s)
 	in := p.input(w, s)
 	in.Stopped = true
 	status, _ = podstatus.Compute(in)

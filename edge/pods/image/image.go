@@ -336,7 +336,7 @@ func (m *Images) pullWith(ctx context.Context, r *request) (ref string, used *cr
 // present gives the image that is there, for the policy Always while the
 // registry cannot be reached.
 func (m *Images) present(ctx context.Context, r *request, why string) (string, bool) {
-	if !m.cfg.UsePresent || !m.silenced(r.name.registry) {
+	if !m.silenced(r.name.registry) { // none is, without UsePresent
 		return "", false
 	}
 	image, err := m.cfg.Runtime.ImageStatus(ctx, r.spec)

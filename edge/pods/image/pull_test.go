@@ -30,7 +30,7 @@ func TestPull(t *testing.T) {
 		name string
 		f    func(*testing.T, *site)
 	}{
-		{"policies", testPolicies}, {"names", testNames}, {"back-off", testBackoff}, {"credentials", testCredentials},
+		{"policies", testPolicies}, {"names", testNames}, {"volumes", testVolume}, {"back-off", testBackoff}, {"credentials", testCredentials},
 		{"a bad secret", testBadSecret}, {"access", testAccess}, {"what arrives while it is pulled", testIntent},
 		{"serial", testSerial}, {"parallel", testParallel}, {"cancelled", testCancelled}, {"failures", testFailures}, {"offline", testOffline},
 	} {
@@ -118,6 +118,17 @@ func testNames(t *testing.T, s *site) {
 	}
 }
 
+// testVolume: an image volume is no container of the pod.
+func testVolume(t *testing.T, s *site) {
+	a := s.agent(t)
+	_, err := a.Ensure(t.Context(), work("u", "", "").pod, &corev1.Container{Image: "fairlead.test/volume:1", ImagePullPolicy: never}, nil, nil)
+	var e *Error
+	if !errors.As(err, &e) || e.Reason != ErrImageNeverPull {
+		t.Errorf("got %v", err)
+	}
+	a.wantEvents("Warning ErrImageNeverPull " + e.Message)
+}
+
 func testBackoff(t *testing.T, s *site) {
 	a := s.agent(t)
 	w := work("u", "fairlead.test/absent:1", ifNotPresent)
@@ -153,18 +164,19 @@ func testBackoff(t *testing.T, s *site) {
 	push(t, s.reg, "fairlead.test/absent:1", "here")
 	a.pass(time.Millisecond)
 	a.must(w)
+	s.reg.Private("absent", "ann", "right")
+	w.policy = always
 	for _, anew := range []func(){
 		func() {},
 		func() { a.pass(10*time.Minute + time.Second) },
 		func() { a.Forget("u") },
 	} {
 		anew()
-		gone := work("u", "fairlead.test/absent:3", always)
-		if e := a.refused(gone, ErrImagePull); e.Until.Sub(a.clock) != 10*time.Second {
+		if e := a.refused(w, ErrImagePull); e.Until.Sub(a.clock) != 10*time.Second {
 			t.Errorf("want 10 s, got %v", e.Until.Sub(a.clock))
 		}
 		a.pass(10 * time.Second)
-		if e := a.refused(gone, ErrImagePull); e.Until.Sub(a.clock) != 20*time.Second {
+		if e := a.refused(w, ErrImagePull); e.Until.Sub(a.clock) != 20*time.Second {
 			t.Errorf("want 20 s, got %v", e.Until.Sub(a.clock))
 		}
 	}
@@ -313,9 +325,11 @@ func testIntent(t *testing.T, s *site) {
 	// What was there before a pull is still everybody's during the next one.
 	push(t, s.reg, "fairlead.test/intent-open:1", "open")
 	a.must(work("u", "fairlead.test/intent-open:1", always))
-	b := s.agent(t, func(c *Config) { // to which it is preloaded
+	eve = errors.New("was not asked")
+	var b *agent
+	b = s.agent(t, func(c *Config) { // to which it is preloaded
 		c.Runtime = &afterPull{Runtime: s.cri, f: func() {
-			_, eve = a.ensure(t.Context(), work("eve", "fairlead.test/intent-open:1", never))
+			_, eve = b.ensure(t.Context(), work("eve", "fairlead.test/intent-open:1", never))
 		}}
 	})
 	b.must(work("u", "fairlead.test/intent-open:1", always))

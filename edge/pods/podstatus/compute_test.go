@@ -431,3 +431,12 @@ func TestStaticPodHasNoEnd(t *testing.T) {
 		t.Errorf("phase %s", got.Phase)
 	}
 }
+
+func TestNobodyProbes(t *testing.T) {
+	s := newStory(corev1.RestartPolicyAlways, nil, []corev1.Container{container("a", withProbes)}).sandbox().runs("a")
+	s.in.Probes, s.in.Hash = nil, nil
+	checkSummary(t, s.look(), "Running", "a: running")
+	if got := done(s.next()); got != "" {
+		t.Errorf("to do: %s", got)
+	}
+}

@@ -10,7 +10,6 @@ import (
 
 // Reasons of conditions.
 const (
-	UnknownContainerStatuses    = "UnknownContainerStatuses"
 	PodCompleted                = "PodCompleted"
 	PodFailed                   = "PodFailed"
 	ContainersNotReady          = "ContainersNotReady"
@@ -21,7 +20,7 @@ const (
 )
 
 // conditions gives the conditions that the node owns, without times, in the
-// kubelet's order.
+// kubelet's order. s has a status of every container of the spec.
 func (in *Input) conditions(s *corev1.PodStatus) []corev1.PodCondition {
 	all := make([]corev1.ContainerStatus, 0, len(s.InitContainerStatuses)+len(s.ContainerStatuses))
 	all = append(append(all, s.InitContainerStatuses...), s.ContainerStatuses...)
@@ -72,43 +71,38 @@ func (in *Input) sandboxWanted() string {
 
 func (in *Input) initialized(all []corev1.ContainerStatus, phase corev1.PodPhase) corev1.PodCondition {
 	yes := corev1.PodCondition{Type: corev1.PodInitialized, Status: corev1.ConditionTrue}
-	var unknown, incomplete []string
+	var incomplete []string
 	for i := range in.Pod.Spec.InitContainers {
 		c := &in.Pod.Spec.InitContainers[i]
-		s := statusOf(all, c.Name)
-		switch {
-		case s == nil:
-			unknown = append(unknown, c.Name)
-		case Sidecar(c) && (s.Started == nil || !*s.Started), !Sidecar(c) && !s.Ready:
+		if s := statusOf(all, c.Name); Sidecar(c) && !*s.Started || !Sidecar(c) && !s.Ready {
 			incomplete = append(incomplete, c.Name)
 		}
 	}
-	if phase == corev1.PodSucceeded && len(unknown) == 0 {
+	if phase == corev1.PodSucceeded {
 		yes.Reason = PodCompleted
 		return yes
 	}
 	// A regular container that has run, or runs: sidecars may restart, the pod
 	// stays initialized.
 	for i := range in.Pod.Spec.Containers {
-		if s := statusOf(all, in.Pod.Spec.Containers[i].Name); s != nil && (s.State.Running != nil || s.State.Terminated != nil) {
+		if s := statusOf(all, in.Pod.Spec.Containers[i].Name); s.State.Running != nil || s.State.Terminated != nil {
 			return yes
 		}
 	}
-	message := listed("unknown", unknown, "incomplete", incomplete)
-	if old := condition(in.Previous.Conditions, corev1.PodInitialized); message == "" || old != nil && old.Status == corev1.ConditionTrue {
+	if old := condition(in.Previous.Conditions, corev1.PodInitialized); len(incomplete) == 0 || old != nil && old.Status == corev1.ConditionTrue {
 		return yes
 	}
-	return corev1.PodCondition{Type: corev1.PodInitialized, Status: corev1.ConditionFalse, Reason: ContainersNotInitialized, Message: message}
+	return corev1.PodCondition{
+		Type: corev1.PodInitialized, Status: corev1.ConditionFalse, Reason: ContainersNotInitialized,
+		Message: fmt.Sprintf("containers with incomplete status: %s", incomplete),
+	}
 }
 
 func (in *Input) containersReady(all []corev1.ContainerStatus, phase corev1.PodPhase) corev1.PodCondition {
 	no := corev1.PodCondition{Type: corev1.ContainersReady, Status: corev1.ConditionFalse}
-	var unknown, unready []string
+	var unready []string
 	check := func(c *corev1.Container) {
-		switch s := statusOf(all, c.Name); {
-		case s == nil:
-			unknown = append(unknown, c.Name)
-		case !s.Ready:
+		if !statusOf(all, c.Name).Ready {
 			unready = append(unready, c.Name)
 		}
 	}
@@ -121,15 +115,14 @@ func (in *Input) containersReady(all []corev1.ContainerStatus, phase corev1.PodP
 		check(&in.Pod.Spec.Containers[i])
 	}
 	switch {
-	case phase == corev1.PodSucceeded && len(unknown) == 0:
+	case phase == corev1.PodSucceeded:
 		no.Reason = PodCompleted
 		return no
 	case phase == corev1.PodFailed:
 		no.Reason = PodFailed
 		return no
-	}
-	if no.Message = listed("unknown", unknown, "unready", unready); no.Message != "" {
-		no.Reason = ContainersNotReady
+	case len(unready) > 0:
+		no.Reason, no.Message = ContainersNotReady, fmt.Sprintf("containers with unready status: %s", unready)
 		return no
 	}
 	return corev1.PodCondition{Type: corev1.ContainersReady, Status: corev1.ConditionTrue}
@@ -171,16 +164,4 @@ func (in *Input) allRestarting(phase corev1.PodPhase) corev1.PodCondition {
 		c.Status, c.Reason, c.Message = corev1.ConditionTrue, RestartAllContainersStarted, "container exited with restart policy rule"
 	}
 	return c
-}
-
-// listed says which containers are in which state; "" where none is.
-func listed(stateA string, a []string, stateB string, b []string) string {
-	var parts []string
-	if len(a) > 0 {
-		parts = append(parts, fmt.Sprintf("containers with %s status: %s", stateA, a))
-	}
-	if len(b) > 0 {
-		parts = append(parts, fmt.Sprintf("containers with %s status: %s", stateB, b))
-	}
-	return strings.Join(parts, ", ")
 }

@@ -3,6 +3,7 @@ package podstatus
 import (
 	"cmp"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -244,10 +245,7 @@ func (in *Input) isReady(spec *corev1.Container, s, old *corev1.ContainerStatus,
 
 // plain is the id without the scheme.
 func (in *Input) plain(s *corev1.ContainerStatus) string {
-	if n := len(in.Runtime) + len("://"); len(s.ContainerID) > n {
-		return s.ContainerID[n:]
-	}
-	return ""
+	return strings.TrimPrefix(s.ContainerID, in.Runtime+"://")
 }
 
 // volumeMounts says how the volumes are mounted. It does not change in a
@@ -294,8 +292,5 @@ func lost(reason, message string) *corev1.ContainerStateTerminated {
 
 // seconds is the precision of the API.
 func seconds(t time.Time) metav1.Time {
-	if t.IsZero() {
-		return metav1.Time{}
-	}
 	return metav1.Time{Time: t.UTC().Truncate(time.Second)}
 }

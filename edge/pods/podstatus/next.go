@@ -34,7 +34,7 @@ type Actions struct {
 	Start          []*corev1.Container
 }
 
-// None: nothing has to be done.
+// None tells whether nothing has to be done.
 func (a *Actions) None() bool {
 	return !a.KillPod && !a.CreateSandbox && len(a.Kill)+len(a.Reset)+len(a.Prune)+len(a.StartEphemeral)+len(a.StartInit)+len(a.Start) == 0
 }

@@ -7,7 +7,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Sidecar: a restartable init container.
+// Sidecar tells whether a container is a restartable init container (where it is
+// an init container).
 func Sidecar(c *corev1.Container) bool {
 	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
 }
@@ -77,11 +78,9 @@ func canRestartAll(spec *corev1.PodSpec) bool {
 	return slices.ContainsFunc(spec.InitContainers, has) || slices.ContainsFunc(spec.Containers, has)
 }
 
-// ShouldRestart says whether a container has to be started: it never was, its state
+// shouldRestart says whether a container has to be started: it never was, its state
 // is not known, or it ended and its policy wants it back. Never once the pod is
 // being deleted.
-func ShouldRestart(in Input, c *corev1.Container) bool { return in.shouldRestart(c) }
-
 func (in *Input) shouldRestart(c *corev1.Container) bool {
 	if in.Pod.DeletionTimestamp != nil {
 		return false
@@ -99,10 +98,8 @@ func (in *Input) shouldRestart(c *corev1.Container) bool {
 	return true
 }
 
-// ShouldRestartAll says whether a container's exit asks for a restart of all the
+// shouldRestartAll says whether a container's exit asks for a restart of all the
 // pod's containers, or such a restart is under way.
-func ShouldRestartAll(in Input) bool { return in.shouldRestartAll() }
-
 func (in *Input) shouldRestartAll() bool {
 	if !canRestartAll(&in.Pod.Spec) {
 		return false

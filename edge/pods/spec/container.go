@@ -38,11 +38,9 @@ type ContainerInput struct {
 	Image    *runtimeapi.Image
 	// Env is that of the container, see Env.
 	Env []*runtimeapi.KeyValue
-	// Mounts are those of the container's volumes. Container takes them over.
+	// Mounts are those of the container's volumes, its hosts file and its
+	// termination log. Container takes them over.
 	Mounts []*runtimeapi.Mount
-	// TerminationLog is the host's file that the container writes its termination
-	// message to; empty where it has none.
-	TerminationLog string
 	// TargetID is that of the container that an ephemeral one looks into.
 	TargetID string
 	// UserNamespace is the sandbox's, where the pod has OwnUsers.
@@ -75,16 +73,12 @@ func container(in ContainerInput) (*runtimeapi.ContainerConfig, error) {
 	if err != nil {
 		return nil, err
 	}
-	mounts := slices.Clone(in.Mounts)
-	if in.TerminationLog != "" && c.TerminationMessagePath != "" {
-		mounts = append(mounts, &runtimeapi.Mount{HostPath: in.TerminationLog, ContainerPath: c.TerminationMessagePath, SelinuxRelabel: node.SELinux})
-	}
 	if OwnUsers(pod) {
 		if len(in.UserNamespace.GetUids()) == 0 {
 			return nil, fmt.Errorf("the sandbox of pod %q has no user namespace", describe(pod))
 		}
 		security.NamespaceOptions.UsernsOptions = in.UserNamespace
-		for _, m := range mounts {
+		for _, m := range in.Mounts {
 			m.UidMappings, m.GidMappings = in.UserNamespace.Uids, in.UserNamespace.Gids
 		}
 	}
@@ -99,7 +93,7 @@ func container(in ContainerInput) (*runtimeapi.ContainerConfig, error) {
 		Args:        command(c.Args, in.Env),
 		WorkingDir:  c.WorkingDir,
 		Envs:        in.Env,
-		Mounts:      mounts,
+		Mounts:      in.Mounts,
 		Devices:     devices,
 		Labels:      podLabels(pod, map[string]string{LabelContainerName: c.Name}),
 		Annotations: annotations,

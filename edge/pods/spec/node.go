@@ -35,14 +35,9 @@ type Node struct {
 	// CgroupRoot is the cgroup below which kubepods is, in the form of cgroupfs: "/"
 	// or "/fairlead". Empty is "/".
 	CgroupRoot string
-	// NoCPUQuota leaves CPU limits without CFS quota (the kubelet's cpuCFSQuota: false).
-	NoCPUQuota bool
-	// NoOOMScore leaves oom_score_adj of containers at 0: for agents and runtimes
-	// without CAP_SYS_RESOURCE and without restrict_oom_score_adj.
+	// NoOOMScore leaves oom_score_adj of containers at 0: for runtimes that lack
+	// CAP_SYS_RESOURCE and do not restrict the score to what they may set.
 	NoOOMScore bool
-	// SingleProcessOOMKill, on cgroup v2, has the kernel kill one process of a
-	// container that is out of memory, not all. Cgroup v1 knows nothing else.
-	SingleProcessOOMKill bool
 	// PodPIDLimit bounds the processes of one pod; <= 0 is no bound.
 	PodPIDLimit int64
 
@@ -69,8 +64,6 @@ type Node struct {
 	SeccompDefault bool
 	// AppArmor says that the kernel confines with AppArmor.
 	AppArmor bool
-	// SELinux says that the kernel labels with SELinux: mounts are then relabelled.
-	SELinux bool
 	// UnsafeSysctls are sysctls, or prefixes that end in *, that pods may set
 	// besides the safe ones.
 	UnsafeSysctls []string

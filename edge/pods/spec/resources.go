@@ -111,12 +111,12 @@ func linuxResources(cpuRequest, cpuLimit, memoryLimit *resource.Quantity, node *
 	r := &runtimeapi.LinuxContainerResources{
 		CpuShares:          int64(Shares(cpuRequest.MilliValue())),
 		MemoryLimitInBytes: memoryLimit.Value(),
+		CpuPeriod:          cfsPeriod,
+		CpuQuota:           Quota(cpuLimit.MilliValue()),
 	}
-	if !node.NoCPUQuota {
-		r.CpuPeriod = cfsPeriod
-		r.CpuQuota = Quota(cpuLimit.MilliValue())
-	}
-	if node.CgroupVersion == 2 && !node.SingleProcessOOMKill {
+	if node.CgroupVersion == 2 {
+		// Out of memory, all of a container goes, not one process of it. Cgroup v1 has
+		// no such thing.
 		setUnified(r, "memory.oom.group", "1")
 	}
 	return r
@@ -237,7 +237,7 @@ func isSidecarOf(pod *corev1.Pod, c *corev1.Container) bool {
 // PodCgroup are the limits of a pod's own cgroup. What is nil is not limited.
 type PodCgroup struct {
 	CPUShares uint64
-	CPUQuota  *int64 // µs per CPUPeriod; -1 is none
+	CPUQuota  *int64 // µs per CPUPeriod; 0 is none
 	CPUPeriod *uint64
 	Memory    *int64 // bytes
 	PIDs      *int64
@@ -273,11 +273,7 @@ func PodResources(pod *corev1.Pod, node *Node) PodCgroup {
 	}
 	p.CPUShares = Shares(requests.Cpu().MilliValue())
 	if class == corev1.PodQOSGuaranteed || cpuLimited {
-		quota := Quota(limits.Cpu().MilliValue())
-		if node.NoCPUQuota {
-			quota = -1
-		}
-		p.CPUQuota, p.CPUPeriod = new(quota), new(uint64(cfsPeriod))
+		p.CPUQuota, p.CPUPeriod = new(Quota(limits.Cpu().MilliValue())), new(uint64(cfsPeriod))
 	}
 	if class == corev1.PodQOSGuaranteed || memoryLimited {
 		p.Memory = new(limits.Memory().Value())

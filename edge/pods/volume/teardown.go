@@ -129,6 +129,7 @@ func (r *remover) remove(dir int, name string, depth int) error {
 	case !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM):
 		return r.fail("remove", name, err)
 	}
+	reached("folder found")
 	fd, err := openFolder(dir, name)
 	switch {
 	case errors.Is(err, unix.EXDEV):
@@ -191,20 +192,21 @@ func (r *remover) fail(op, name string, err error) error {
 	return fmt.Errorf("%s %s in %s: %w", op, name, r.path, err)
 }
 
+const folderFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
+
 // openFolder opens a folder in an open one for reading; not through a symlink, and
 // not where something is mounted: EXDEV.
 var openFolder = func(dir int, name string) (int, error) {
-	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
-	fd, err := unix.Openat2(dir, name, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_BENEATH})
+	fd, err := unix.Openat2(dir, name, &unix.OpenHow{Flags: folderFlags, Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_BENEATH})
 	if !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
 		return fd, err
 	}
-	return openFolderByMount(dir, name, flags) // before Linux 5.6, or where a filter refuses the call
+	return openFolderByMount(dir, name) // before Linux 5.6, or where a filter refuses the call
 }
 
 // openFolderByMount compares the mounts that the two folders lie on.
-func openFolderByMount(dir int, name string, flags int) (int, error) {
-	fd, err := unix.Openat(dir, name, flags, 0)
+func openFolderByMount(dir int, name string) (int, error) {
+	fd, err := unix.Openat(dir, name, folderFlags, 0)
 	if err != nil {
 		return -1, err
 	}

@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -109,14 +107,15 @@ func TestTearDownSparesTheHost(t *testing.T) {
 	}
 }
 
+// openers are the two ways to enter a folder.
+var openers = map[string]func(int, string) (int, error){
+	"openat2":          openFolder,
+	"before Linux 5.6": openFolderByMount,
+}
+
 // Something is mounted while the tree is being removed.
 func TestTearDownMountMeanwhile(t *testing.T) {
-	for name, open := range map[string]func(int, string) (int, error){
-		"openat2": openFolder,
-		"before Linux 5.6": func(dir int, name string) (int, error) {
-			return openFolderByMount(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
-		},
-	} {
+	for name, open := range openers {
 		t.Run(name, func(t *testing.T) {
 			was := openFolder
 			openFolder = open
@@ -153,46 +152,42 @@ func TestTearDownMountMeanwhile(t *testing.T) {
 	}
 }
 
-// A program that is still there swaps folders for links to the host's, without end.
-func TestTearDownRace(t *testing.T) {
-	v, pod, _ := setUpFull(t)
-	host := filepath.Join(filepath.Dir(v.Dir), "host")
-	for i := range 50 {
-		write(t, fmt.Sprintf("%s/%d", host, i), "x")
-	}
-	disk := v.path(pod, &pod.Spec.Volumes[2])
-	var stop atomic.Bool
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer stop.Store(true)
-	fd := must[int](t)(unix.Open(disk, unix.O_PATH, 0))
-	defer func() { _ = unix.Close(fd) }()
-	flips := 0
-	wg.Go(func() {
-		for !stop.Load() {
-			_ = unix.Mkdirat(fd, "a", 0o755)
-			_ = unix.Symlinkat(host, fd, "b")
-			if unix.Renameat2(fd, "a", fd, "b", unix.RENAME_EXCHANGE) == nil {
-				flips++
-			}
+// A program that is still there swaps a folder for a link to the host's, just
+// before it is entered.
+func TestTearDownSwap(t *testing.T) {
+	for name, open := range openers {
+		for depth, folder := range []string{"a", "a/b", "a/b/c"} {
+			t.Run(name+" "+folder, func(t *testing.T) {
+				was := openFolder
+				openFolder = open
+				t.Cleanup(func() { openFolder = was })
+				dir, host := t.TempDir(), t.TempDir()
+				write(t, host+"/precious", "x")
+				write(t, dir+"/a/b/c/file", "x")
+				found := 0
+				onStep(t, func(step string) {
+					if step != "folder found" {
+						return
+					}
+					if found++; found == depth+1 {
+						if err := errors.Join(os.Rename(dir+"/"+folder, dir+"/was"), os.Symlink(host, dir+"/"+folder)); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+				_ = removeTree(t.Context(), dir, "a") // refused, or the link is removed
+				if got := read(t, host+"/precious"); got != "x" || found <= depth {
+					t.Errorf("the host's: %q, %d found", got, found)
+				}
+				if err := removeTree(t.Context(), dir, "a"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := os.Lstat(dir + "/a"); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("left: %v", err)
+				}
+			})
 		}
-	})
-	for range 300 {
-		_ = v.TearDown(t.Context(), uid) // it may lose: there is always something new
-		_ = os.MkdirAll(disk, 0o755)
-		if n := len(must[[]os.DirEntry](t)(os.ReadDir(host))); n != 50 {
-			t.Fatalf("%d of the host's files are left", n)
-		}
 	}
-	stop.Store(true)
-	wg.Wait()
-	if flips == 0 {
-		t.Error("there was no race")
-	}
-	if err := v.TearDown(t.Context(), uid); err != nil {
-		t.Fatal(err)
-	}
-	nothingLeft(t, v)
 }
 
 // Folders in folders, more than a process may have open and longer than a path may be.
