@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"sync/atomic"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
@@ -20,6 +19,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/link"
 	"github.com/fairlead-io/fairlead/edge/node"
 	"github.com/fairlead-io/fairlead/edge/pods"
+	"github.com/fairlead-io/fairlead/edge/pods/evict"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 	"github.com/fairlead-io/fairlead/schemas/payload"
 	"github.com/fairlead-io/fairlead/schemas/seal"
@@ -45,11 +45,18 @@ type Pods struct {
 	Devices []string
 	// Reserved is kept from pods, such as cpu=100m,memory=128Mi.
 	Reserved string
+	// EvictionHard are the thresholds of eviction as signal to amount, such as
+	// memory.available to 100Mi or nodefs.available to 10%; the stock kubelet's where
+	// it is nil. EvictionSoft are those with a grace period, EvictionSoftGrace.
+	EvictionHard, EvictionSoft, EvictionSoftGrace map[string]string
 	// MaxPods is how many pods run at most; 110 where it is 0.
 	MaxPods int
 	// ParallelPulls is how many images are pulled at once; 1 where it is 0.
 	ParallelPulls int
 }
+
+// softGrace bounds, in seconds, the grace of pods that go by a soft threshold.
+const softGrace = 30
 
 // podNode runs the pods of the node and knows what the node offers them.
 type podNode struct {
@@ -88,12 +95,25 @@ func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Reg
 	if err != nil {
 		return nil, err
 	}
+	hard := c.EvictionHard
+	if hard == nil {
+		hard = evict.DefaultHard
+	}
+	thresholds, err := evict.Parse(hard, c.EvictionSoft, c.EvictionSoftGrace, nil)
+	if err != nil {
+		return nil, err
+	}
 	n.offer = node.Offer{MaxPods: c.MaxPods, Data: cfg.Dir, Reserved: []corev1.ResourceList{reserved}, Devices: n.devices}
+	capacity, _, err := n.offer.Resources()
+	if err != nil {
+		return nil, err
+	}
+	n.offer.Reserved = append(n.offer.Reserved, evict.Reserve(thresholds, capacity))
 	n.engine, err = pods.New(pods.Config{
 		Node: cfg.Node, Dir: cfg.Dir, Bus: bus, Runtime: c.Runtime, Key: n.key,
 		LogRoot: c.Logs, LogLinks: links(c.Logs), CgroupRoot: c.CgroupRoot, StaticPods: c.Static,
 		ClusterDNS: c.ClusterDNS, ClusterDomain: c.ClusterDomain, ParallelPulls: c.ParallelPulls,
-		Host: n.host, Changed: n.tell,
+		Host: n.host, Changed: n.tell, Thresholds: thresholds, EvictionGrace: softGrace,
 		Settled: func() bool { return n.whole(l) },
 		Metrics: reg, Logger: log,
 	})
@@ -178,7 +198,7 @@ func (n *podNode) describe(self *payload.Node) {
 	}
 	st := n.engine.State()
 	self.Runtime, self.Images, self.VolumesInUse = st.Runtime, node.Images(st.Images), nil
-	conditions := []corev1.NodeCondition{node.Ready(st.Problems...)}
+	conditions := append(slices.Clone(st.Pressure), node.Ready(st.Problems...))
 	var before payload.Node
 	if b, ok := n.bus.Retained(topic.ReportedNode(n.cfg.Node)); ok {
 		_ = payload.Decode(b, &before) // what cannot be read was not before
@@ -228,9 +248,6 @@ func sealKey(dir string) (*seal.Key, error) {
 	}
 	return k, nil
 }
-
-var _ = slices.Clone[[]int]
-var _ = time.Second
 
 // links is where log collectors look for the logs of containers, if the pods' logs
 // are where they expect them too.

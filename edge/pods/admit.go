@@ -34,8 +34,8 @@ func (e *Engine) admit(p *pod, pod *corev1.Pod) {
 		}
 	}
 	r := spec.Admit(knownOnly(pod), active, e.nodeObject(), e.node.Load())
-	if r == nil && e.cfg.Pressure != nil {
-		if reason, message := e.cfg.Pressure(pod); reason != "" {
+	if r == nil {
+		if reason, message := e.evictor.Admit(pod); reason != "" {
 			r = &spec.Rejection{Reason: reason, Message: message}
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/pods/cgroup"
 	"github.com/fairlead-io/fairlead/edge/pods/cri"
 	"github.com/fairlead-io/fairlead/edge/pods/events"
+	"github.com/fairlead-io/fairlead/edge/pods/evict"
 	"github.com/fairlead-io/fairlead/edge/pods/gc"
 	"github.com/fairlead-io/fairlead/edge/pods/image"
 	"github.com/fairlead-io/fairlead/edge/pods/logs"
@@ -64,9 +65,10 @@ type Config struct {
 	Host func() spec.Node
 	// ParallelPulls is how many images are pulled at once; 1 where it is 0.
 	ParallelPulls int
-	// Pressure refuses pods while the node lacks something; the reason is empty
-	// where the pod may run. nil is never.
-	Pressure func(pod *corev1.Pod) (reason, message string)
+	// Thresholds are those of eviction. EvictionGrace bounds the grace period, in
+	// seconds, of pods that go by a soft one.
+	Thresholds    []evict.Threshold
+	EvictionGrace int64
 	// Changed is told when State gives something else; nil for nobody. It must not block.
 	Changed func()
 	// Settled tells whether the bus has the whole desired state: before, nothing is
@@ -94,17 +96,20 @@ type Engine struct {
 	events  *events.Recorder
 	tree    *cgroup.Tree
 	gate    *gate
+	host    *evict.Host
+	evictor *evict.Manager
 	metrics *metrics
 
-	driver     string // of the cgroups
-	node       atomic.Pointer[spec.Node]
-	runtimeErr atomic.Pointer[error]
-	state      atomic.Pointer[State]
-	ctx        context.Context // of the workers; Run owns its cancel
-	workers    sync.WaitGroup
-	stopped    atomic.Bool
-	relistNow  chan struct{}
-	prints     map[types.UID]string // what the last relist saw, by pod
+	driver      string // of the cgroups
+	node        atomic.Pointer[spec.Node]
+	runtimeErr  atomic.Pointer[error]
+	state       atomic.Pointer[State]
+	imageFolder atomic.Pointer[string]
+	ctx         context.Context // of the workers; Run owns its cancel
+	workers     sync.WaitGroup
+	stopped     atomic.Bool
+	relistNow   chan struct{}
+	prints      map[types.UID]string // what the last relist saw, by pod
 
 	mu struct {
 		sync.Mutex

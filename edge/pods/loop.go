@@ -53,6 +53,8 @@ func (e *Engine) loop(ctx context.Context) error {
 	wg.Go(func() { e.watchRuntime(ctx) })
 	wg.Go(func() { e.logs.Run(ctx) })
 	wg.Go(func() { e.images.Run(ctx) })
+	wg.Go(func() { e.evictor.Run(ctx) })
+	defer e.host.Close()
 	for {
 		select {
 		case <-ctx.Done():

@@ -31,7 +31,7 @@ func (e *Engine) connect() (err error) {
 	e.fill(&n, nil, nil)
 	e.node.Store(&n)
 	e.volumes, err = volume.New(volume.Config{
-		Dir: e.podsDir(), LogRoot: e.cfg.LogRoot, Objects: e.objects,
+		Dir: e.podsDir(), Objects: e.objects,
 		Allocatable:       func() corev1.ResourceList { return e.node.Load().Allocatable },
 		ImageVolumes:      func() bool { return e.node.Load().Runtime.ImageVolumes },
 		RecursiveReadOnly: e.recursiveReadOnly,
@@ -95,6 +95,7 @@ func (e *Engine) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cgroups: %w", err)
 	}
+	e.evictor = e.watchPressure()
 	e.log.Info("pods", "runtime", v.RuntimeName+"://"+v.RuntimeVersion, "cgroups", e.tree.Version(), "driver", driver)
 	return nil
 }

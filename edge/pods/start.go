@@ -174,7 +174,8 @@ func (p *pod) start(ctx context.Context, w *want, s *seen, r *run, c *corev1.Con
 		return fail(image.ImageInspectError, "Failed", said(err), err)
 	}
 	n := p.e.node.Load()
-	env, err := spec.Env(spec.EnvInput{Node: n, Pod: pod, Container: c, Objects: p.e.objects, PodIPs: r.ips, Services: services(w.services)})
+	env, err := spec.Env(spec.EnvInput{Node: n, Pod: pod, Container: c, Objects: p.e.objects, PodIPs: r.ips, Services: services(w.services),
+		File: func(vol, path string) ([]byte, error) { return p.e.volumes.ReadFile(pod, vol, path) }})
 	if err != nil {
 		return p.configError(err, fail)
 	}

@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 
+	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/fairlead-io/fairlead/edge/node"
@@ -17,12 +18,18 @@ type State struct {
 	Problems []error
 	// Images are those on the node.
 	Images []*runtimeapi.Image
+	// Pressure are MemoryPressure, DiskPressure and PIDPressure.
+	Pressure []corev1.NodeCondition
 }
 
 // State gives what was found out last.
 func (e *Engine) State() State {
 	if s := e.state.Load(); s != nil {
-		return *s
+		out := *s
+		if e.evictor != nil { // made before the first state
+			out.Pressure = e.evictor.Conditions()
+		}
+		return out
 	}
 	return State{Problems: []error{node.ErrRuntimeDown}}
 }

@@ -342,3 +342,35 @@ func (t *Tree) create(ctx context.Context, n name) error {
 	}
 	return nil
 }
+
+// Remove kills what is left of all pods and removes kubepods with all below it, and
+// the root if nothing else is in it. It is for nodes that stop running pods.
+func (t *Tree) Remove(ctx context.Context) error {
+	var errs []error
+	for i := range len(t.root) + 1 {
+		n := t.kubepods()[:len(t.root)+1-i]
+		var dirs []string
+		for _, h := range t.hierarchies {
+			if d := filepath.Join(h.mount, n.path(t.driver)); exists(d) {
+				dirs = append(dirs, d)
+			}
+		}
+		if i > 0 {
+			for _, d := range dirs {
+				_ = os.Remove(d) // it may hold other cgroups
+			}
+			continue
+		}
+		errs = append(errs, killAll(ctx, dirs))
+		if t.units != nil {
+			errs = append(errs, t.units.stop(ctx, filepath.Base(n.path(spec.Systemd))))
+		}
+		for _, d := range dirs {
+			errs = append(errs, removeTree(ctx, d))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove the cgroups of pods: %w", err)
+	}
+	return nil
+}

@@ -115,23 +115,23 @@ const stall = "some 150000 2000000"
 
 // pressureAlarm tells when tasks wait for memory, which they do shortly before
 // there is none (PSI, since Linux 4.20).
-func pressureAlarm(file string) (*alarm, error) {
+func pressureAlarm(file, trigger string) (*alarm, error) {
 	fd, err := unix.Open(file, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: file, Err: err}
 	}
-	trigger := os.NewFile(uintptr(fd), file)
-	if _, err := unix.Write(fd, append([]byte(stall), 0)); err != nil {
-		return nil, errors.Join(&os.PathError{Op: "write", Path: file, Err: err}, trigger.Close())
+	f := os.NewFile(uintptr(fd), file)
+	if _, err := unix.Write(fd, append([]byte(trigger), 0)); err != nil {
+		return nil, errors.Join(&os.PathError{Op: "write", Path: file, Err: err}, f.Close())
 	}
 	// The trigger raises POLLPRI, which Go's poller does not wait for; an epoll of
 	// the trigger is readable then.
 	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("epoll: %w", err), trigger.Close())
+		return nil, errors.Join(fmt.Errorf("epoll: %w", err), f.Close())
 	}
 	err = errors.Join(unix.SetNonblock(ep, true), unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLPRI}))
-	a := &alarm{file: os.NewFile(uintptr(ep), "memory pressure"), trigger: trigger, rang: func(fd int) bool {
+	a := &alarm{file: os.NewFile(uintptr(ep), "memory pressure"), trigger: f, rang: func(fd int) bool {
 		var e [1]unix.EpollEvent
 		n, err := unix.EpollWait(fd, e[:], 0)
 		return err == nil && n > 0

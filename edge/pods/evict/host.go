@@ -90,7 +90,7 @@ func (h *Host) memory(o Observations) error {
 		switch now, ok := o[t.Signal]; {
 		case !ok || h.wake == nil:
 		case t.Signal == MemoryAvailable && h.Tree.Version() == 2:
-			h.arm(t.Signal, 0, func() (*alarm, error) { return pressureAlarm("/proc/pressure/memory") })
+			h.arm(t.Signal, 0, func() (*alarm, error) { return pressureAlarm("/proc/pressure/memory", stall) })
 		case h.Tree.Version() == 2:
 		case t.Signal == MemoryAvailable:
 			h.arm(t.Signal, alarmAt(t, now, all), func() (*alarm, error) { return usageAlarm(host, alarmAt(t, now, all)) })

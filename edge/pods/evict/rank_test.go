@@ -131,8 +131,8 @@ func TestParse(t *testing.T) {
 		got = append(got, strings.Join([]string{string(th.Signal), q.String(), th.Grace.String(), r.String()}, " "))
 	}
 	want := []string{
-		"memory.available 100Mi 0s 0", "memory.available 300Mi 1m30s 0", "nodefs.available 104857601 0s 500Mi", "nodefs.inodesFree 52428800 0s 0",
-		"imagefs.available 157286406 0s 0", "imagefs.inodesFree 52428800 0s 0", "pid.available 52428800 1m0s 0", "allocatableMemory.available 100Mi 0s 0",
+		"memory.available 100Mi 0s 0", "memory.available 300Mi 1m30s 0", "nodefs.available 104857601 0s 500Mi", "nodefs.inodesFree 50Mi 0s 0",
+		"imagefs.available 157286406 0s 0", "imagefs.inodesFree 50Mi 0s 0", "pid.available 50Mi 1m0s 0", "allocatableMemory.available 100Mi 0s 0",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

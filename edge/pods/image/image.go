@@ -61,6 +61,10 @@ type Config struct {
 	// that is present while its registry cannot be reached, so that pods come back
 	// without the network. The kubelet keeps them waiting.
 	UsePresent bool
+	// Fetching tells how many bytes have arrived of what all running pulls are
+	// fetching now, for the events of long pulls; nil where nobody knows. See
+	// [ContainerdFetching].
+	Fetching func(context.Context) (int64, error)
 	// Event is told what the kubelet would record about a container of a pod.
 	Event func(pod *corev1.Pod, container *corev1.Container, typ, reason, message string)
 
@@ -98,7 +102,8 @@ type Images struct {
 		pulling  map[string]*intent            // by image name
 		silent   map[string]time.Time          // registries that could not be reached, and when that is forgotten
 	}
-	collector collector
+	collector     collector
+	progressFirst time.Duration
 
 	pulls     *prometheus.CounterVec
 	waiting   prometheus.Gauge
@@ -143,7 +148,7 @@ func New(cfg Config) (*Images, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	m := &Images{cfg: cfg, log: cfg.Logger, slots: make(chan struct{}, cfg.Parallel),
+	m := &Images{cfg: cfg, log: cfg.Logger, slots: make(chan struct{}, cfg.Parallel), progressFirst: progressFirst,
 		pulls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "fairlead_pods_image_pulls_total", Help: "Image pulls by their result: ok, failed, or canceled because the pod went away."}, []string{"result"}),
 		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
@@ -277,7 +282,12 @@ func (m *Images) pull(ctx context.Context, r *request, policy corev1.PullPolicy,
 		}
 	}
 	pullBegan := time.Now()
+	pulling, pulled := context.WithCancel(ctx)
+	var told sync.WaitGroup
+	told.Go(func() { m.progress(pulling, r) })
 	ref, used, err := m.pullWith(ctx, r)
+	pulled()
+	told.Wait()
 	var size uint64
 	if err == nil {
 		// Best effort, as the kubelet's.

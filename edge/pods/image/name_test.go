@@ -89,7 +89,7 @@ func TestPullError(t *testing.T) {
 	}
 	for err, want := range map[text]bool{
 		// containerd 1.6 and CRI-O; the first is seen in TestPull too.
-		`failed to resolve reference "offline.test/app:1": failed to do request: Head "https://offline.test/v2/app/manifests/1": dial tcp: lookup offline.test: no such host`: true,
+		`failed to resolve reference "offline.test/app:1": failed to do request: Head "https://offline.test/v2/app/manifests/1": dial tcp: lookup offline.test: no such host`:   true,
 		`initializing source docker://offline.test/app:1: pinging container registry offline.test: Get "https://offline.test/v2/": dial tcp: lookup offline.test: no such host`: true,
 		"RegistryUnavailable: 503": true,
 		`failed to resolve reference "fairlead.test/app:1": fairlead.test/app:1: not found`: false,

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -32,7 +33,7 @@ func TestPull(t *testing.T) {
 	}{
 		{"policies", testPolicies}, {"names", testNames}, {"volumes", testVolume}, {"back-off", testBackoff}, {"credentials", testCredentials},
 		{"a bad secret", testBadSecret}, {"access", testAccess}, {"what arrives while it is pulled", testIntent},
-		{"serial", testSerial}, {"parallel", testParallel}, {"cancelled", testCancelled}, {"failures", testFailures}, {"offline", testOffline},
+		{"serial", testSerial}, {"parallel", testParallel}, {"progress", testProgress}, {"cancelled", testCancelled}, {"failures", testFailures}, {"offline", testOffline},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Cleanup(func() { s.reg.Before(nil) })
@@ -423,6 +424,45 @@ func testParallel(t *testing.T, s *site) {
 	}
 	release()
 	all.Wait()
+}
+
+// testProgress: a long pull says how far it is.
+func testProgress(t *testing.T, s *site) {
+	const part = 4096
+	s.reg.Before(func(w http.ResponseWriter, q testregistry.Request) bool {
+		if q.Kind != "blobs" {
+			return false
+		}
+		w.Header().Set("Content-Length", "10000")
+		_, _ = w.Write(make([]byte, part))
+		_ = http.NewResponseController(w).Flush()
+		<-q.Done
+		return true
+	})
+	for _, test := range []struct {
+		fetching func(context.Context) (int64, error)
+		want     string
+	}{
+		{ContainerdFetching(s.rt.Socket), "Normal Pulling Still pulling image \"fairlead.test/progress:1\" after 0s: 4.0 KiB of the parts that are being fetched have arrived"},
+		{nil, "Normal Pulling Still pulling image \"fairlead.test/progress:1\" after 0s"},
+		{ContainerdFetching("unix://" + filepath.Join(t.TempDir(), "none")), "Normal Pulling Still pulling image \"fairlead.test/progress:1\" after 0s"},
+	} {
+		a := s.agent(t, func(c *Config) { c.Fetching = test.fetching })
+		a.Images.progressFirst = time.Millisecond
+		push(t, s.reg, "fairlead.test/progress:1", test.want)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { _, err := a.ensure(ctx, work("u", "fairlead.test/progress:1", always)); done <- err }()
+		eventually(t, test.want, func() bool {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return slices.Contains(a.events, test.want)
+		})
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
+	}
 }
 
 // testCancelled: a pod that is deleted takes its pull along.

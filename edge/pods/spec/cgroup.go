@@ -31,10 +31,8 @@ func CgroupPath(node *Node, names ...string) string {
 	if node.CgroupDriver != Systemd {
 		return path.Join(append([]string{"/", node.CgroupRoot}, names...)...)
 	}
-	for _, n := range strings.Split(strings.Trim(node.CgroupRoot, "/"), "/") {
-		if n != "" {
-			names = append([]string{n}, names...)
-		}
+	if root := strings.Trim(node.CgroupRoot, "/"); root != "" {
+		names = append(strings.Split(root, "/"), names...)
 	}
 	// A slice's name has the names of all that hold it, with - between them: so
 	// a - of a name itself is written _.

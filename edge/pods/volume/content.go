@@ -14,6 +14,7 @@ import (
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
 
 	"github.com/fairlead-io/fairlead/edge/pods/source"
+	"github.com/fairlead-io/fairlead/edge/pods/spec"
 )
 
 const (
@@ -214,6 +215,28 @@ func (c *collector) projected(p *corev1.ProjectedVolumeSource) error {
 			err = errors.New("an edge node has no pod certificates")
 		default:
 			err = errors.New("an edge node serves no such source; it serves secret, configMap, downwardAPI and serviceAccountToken")
+		}
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return utilerrors.NewAggregate(errs)
+}
+
+// downwardAPI adds what the pod asks to know of itself.
+func (c *collector) downwardAPI(items []corev1.DownwardAPIVolumeFile) error {
+	var errs []error
+	for _, i := range items {
+		var text string
+		var err error
+		switch {
+		case i.FieldRef != nil:
+			text, err = spec.FieldValue(c.pod, i.FieldRef.FieldPath)
+		case i.ResourceFieldRef != nil:
+			text, err = spec.ResourceValue(i.ResourceFieldRef, c.pod, nil, c.v.allocatable())
+		}
+		if err == nil {
+			err = c.put(i.Path, []byte(text), i.Mode, i.User)
 		}
 		if err != nil {
 			errs = append(errs, err)

@@ -164,10 +164,8 @@ func (v *Volumes) tmpfsSize(pod *corev1.Pod, limit *resource.Quantity) int64 {
 			size = n
 		}
 	}
-	if v.Allocatable != nil {
-		list := v.Allocatable()
-		least(list.Memory().Value())
-	}
+	list := v.allocatable()
+	least(list.Memory().Value())
 	// The pod has a limit where it states one, or all its containers do.
 	limited := pod.Spec.Resources != nil && !pod.Spec.Resources.Limits.Memory().IsZero()
 	if !limited {

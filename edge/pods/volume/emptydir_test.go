@@ -44,7 +44,7 @@ func TestEmptyDir(t *testing.T) {
 				}
 				got := fmt.Sprintf("%04o %d:%d", st.Mode&0o7777, st.Uid, st.Gid)
 				if must[bool](t)(isMounted(dir, unix.TMPFS_MAGIC)) {
-					got += fmt.Sprintf(" %d", int64(fs.Blocks)*int64(fs.Bsize))
+					got += fmt.Sprintf(" %d", int64(fs.Blocks)*fs.Bsize)
 				}
 				return got
 			}

@@ -91,7 +91,6 @@ func rootOnly(t testing.TB) {
 func testConfig(dir string, o *objects) Config {
 	return Config{
 		Dir:     filepath.Join(dir, "pods"),
-		LogRoot: filepath.Join(dir, "logs"),
 		Objects: o,
 		Allocatable: func() corev1.ResourceList {
 			return corev1.ResourceList{"cpu": resource.MustParse("3500m"), "memory": resource.MustParse("1Gi"), "ephemeral-storage": resource.MustParse("10Gi")}

@@ -1,11 +1,9 @@
 package volume
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -20,8 +18,6 @@ import (
 
 const (
 	hostsPath = "/etc/hosts"
-	// messageBytes is the most of a termination message that is read: its end.
-	messageBytes = 4096
 	// messageFiles is how many termination messages of a container are kept. A dead
 	// container is looked at once or twice; a crash loop is no reason to fill the disk.
 	messageFiles = 8
@@ -177,7 +173,7 @@ func messageFile(dir string) (string, error) {
 			_ = os.Remove(filepath.Join(dir, info.Name())) // the next one tries again
 		}
 	}
-	name := filepath.Join(dir, fmt.Sprintf("%08x", rand.Uint32())) //nolint:gosec // only to differ
+	name := filepath.Join(dir, fmt.Sprintf("%08x", rand.Uint32()))
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o666)
 	if err != nil {
 		return "", err
@@ -188,39 +184,6 @@ func messageFile(dir string) (string, error) {
 	}
 	reached("message file")
 	return name, nil
-}
-
-// TerminationMessage reads the end, of 4096 bytes at most, of a termination message:
-// file is the host's side of the mount at the container's terminationMessagePath.
-func (v *Volumes) TerminationMessage(file string) (string, error) {
-	if rel, err := filepath.Rel(v.Dir, file); err != nil || !filepath.IsLocal(rel) {
-		return "", fmt.Errorf("termination message %s: not below %s", file, v.Dir)
-	}
-	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = f.Close() }()
-	info, err := f.Stat()
-	if err != nil {
-		return "", err
-	}
-	if !info.Mode().IsRegular() {
-		return "", fmt.Errorf("termination message %s: not a file", file)
-	}
-	from := max(0, info.Size()-messageBytes)
-	var b bytes.Buffer
-	_, err = io.Copy(&b, io.NewSectionReader(f, from, messageBytes))
-	return b.String(), err
-}
-
-// LogDir makes the folder of a container's logs, <LogRoot>/<ns>_<name>_<uid>/<container>.
-func (v *Volumes) LogDir(pod *corev1.Pod, container string) (string, error) {
-	dir := filepath.Join(v.LogRoot, strings.Join([]string{pod.Namespace, pod.Name, string(pod.UID)}, "_"), container)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", fmt.Errorf("make the folder of the logs: %w", err)
-	}
-	return dir, nil
 }
 
 // selinuxEnabled tells whether the runtime can be asked to label files.

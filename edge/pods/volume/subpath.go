@@ -3,13 +3,16 @@ package volume
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
 )
 
 // subPath binds what the path leads to in the volume to a place in the pod's
@@ -27,6 +30,36 @@ func (v *Volumes) subPath(podDir, volume, container string, index int, base, sub
 		return "", fmt.Errorf("failed to prepare subPath for volumeMount %q of container %q", volume, container)
 	}
 	return target, nil
+}
+
+// envFile is the most of a file that ReadFile reads.
+const envFile = 1 << 20
+
+// ReadFile reads a file of at most 1 MiB in a volume of the pod, for fileKeyRef.
+func (v *Volumes) ReadFile(pod *corev1.Pod, volume, path string) ([]byte, error) {
+	at := slices.IndexFunc(pod.Spec.Volumes, func(vol corev1.Volume) bool { return vol.Name == volume })
+	if at < 0 || !plain(volume) {
+		return nil, fmt.Errorf("cannot find the volume %q", volume)
+	}
+	dir := v.path(pod, &pod.Spec.Volumes[at])
+	if dir == "" || filepath.IsAbs(path) || backsteps(path) {
+		return nil, fmt.Errorf("volume %q has no file %q to be read", volume, path)
+	}
+	fd, err := openBeneath(dir, path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > envFile {
+		return nil, errors.Join(err, fmt.Errorf("volume %q: %s is not a file of at most %d bytes", volume, path, envFile))
+	}
+	f, err := os.Open("/proc/self/fd/" + strconv.Itoa(fd)) // a place becomes a file
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	return io.ReadAll(io.LimitReader(f, envFile))
 }
 
 // openBeneath opens a path below base, as a place (O_PATH) that can be bound.
@@ -148,9 +181,13 @@ func bindBeneath(base, sub, target string) error {
 		return nil
 	}
 	for {
-		err := unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		// Private first: what is mounted below it stays on the host, see unmount.
+		err := unix.Mount("", target, "", unix.MS_PRIVATE|unix.MS_REC, "")
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 			break // not a mount point, or not there
+		}
+		if err == nil {
+			err = unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		}
 		if err != nil {
 			return &fs.PathError{Op: "unmount", Path: target, Err: err}

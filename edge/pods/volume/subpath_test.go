@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -216,5 +217,27 @@ func TestSubPathRace(t *testing.T) {
 	t.Logf("%d bound, %d refused, %d flips", good, refused, flips.Load())
 	if good == 0 || refused == 0 {
 		t.Errorf("%d bound, %d refused: there was no race", good, refused)
+	}
+}
+
+func TestReadFile(t *testing.T) {
+	outside := t.TempDir()
+	write(t, outside+"/secret", "host")
+	v, pod, dir, _ := subPathPod(t, "x")
+	write(t, dir+"/sub/env", "A='1'")
+	write(t, dir+"/large", strings.Repeat("x", envFile+1))
+	if err := errors.Join(os.Symlink("sub/env", dir+"/link"), os.Symlink(outside+"/secret", dir+"/out"), unix.Mkfifo(dir+"/fifo", 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	pod.Spec.Volumes = append(pod.Spec.Volumes, vol("host", corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: outside}}))
+	for _, path := range []string{"sub/env", "link"} {
+		if got, err := v.ReadFile(pod, "empty", path); err != nil || string(got) != "A='1'" {
+			t.Errorf("%s: %q, %v", path, got, err)
+		}
+	}
+	for path, volume := range map[string]string{"out": "empty", "none": "empty", "fifo": "empty", "sub": "empty", "large": "empty", "../../../etc-hosts": "empty", "/etc/passwd": "empty", "secret": "host", "x": "no"} {
+		if got, err := v.ReadFile(pod, volume, path); err == nil {
+			t.Errorf("%s of %s: %q", path, volume, got)
+		}
 	}
 }

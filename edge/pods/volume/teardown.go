@@ -39,25 +39,6 @@ func (v *Volumes) TearDown(ctx context.Context, uid types.UID) error {
 	return nil
 }
 
-// RemoveLogs removes the log folders of a pod, of which only the uid is known.
-func (v *Volumes) RemoveLogs(ctx context.Context, uid types.UID) error {
-	if _, err := v.podDir(uid); err != nil {
-		return err
-	}
-	entries, err := os.ReadDir(v.LogRoot)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the logs of pod %s: %w", uid, err)
-	}
-	for _, e := range entries {
-		if e.IsDir() && strings.HasSuffix(e.Name(), "_"+string(uid)) {
-			if err := removeTree(ctx, v.LogRoot, e.Name()); err != nil {
-				return fmt.Errorf("remove the logs of pod %s: %w", uid, err)
-			}
-		}
-	}
-	return nil
-}
-
 // unmount takes away all mounts below the folder, those first that lie on others.
 func (v *Volumes) unmount(dir string) error {
 	for range unmountRounds {
@@ -67,6 +48,11 @@ func (v *Volumes) unmount(dir string) error {
 		}
 		if len(mounts) == 0 {
 			return nil
+		}
+		// No mount or unmount below them is to reach those on the host that they are
+		// peers of, such as a shared hostPath.
+		for _, m := range mounts {
+			_ = unix.Mount("", m.Mountpoint, "", unix.MS_PRIVATE, "") // fails where another is on top: there is another round
 		}
 		slices.Reverse(mounts)
 		slices.SortStableFunc(mounts, func(a, b *mountinfo.Info) int { return len(b.Mountpoint) - len(a.Mountpoint) })
@@ -179,7 +165,7 @@ func (r *remover) clear(f *os.File, depth int) error {
 				}
 				continue
 			}
-			up := fmt.Sprintf(".deep.%016x", rand.Uint64()) //nolint:gosec // only to differ
+			up := fmt.Sprintf(".deep.%016x", rand.Uint64())
 			if err := unix.Renameat(fd, name, r.root, up); err != nil {
 				return r.fail("move", name, err)
 			}

@@ -28,7 +28,7 @@ func fullPod() *corev1.Pod {
 	m[0].SubPath = "a.conf"
 	m[2].SubPath = "logs/main"
 	m[3].SubPath = "x"
-	pod.Spec.Containers[0].VolumeMounts = append(m, corev1.VolumeMount{Name: "conf", MountPath: "/all"}, corev1.VolumeMount{Name: "disk", MountPath: "/all/below"})
+	pod.Spec.Containers[0].VolumeMounts = append(slices.Clone(m), corev1.VolumeMount{Name: "conf", MountPath: "/all"}, corev1.VolumeMount{Name: "disk", MountPath: "/all/below"})
 	return pod
 }
 
@@ -105,6 +105,51 @@ func TestTearDownSparesTheHost(t *testing.T) {
 	if got := must[[]types.UID](t)(v.Pods()); !slices.Equal(got, []types.UID{uid + "-2"}) {
 		t.Errorf("pods: %v", got)
 	}
+}
+
+// What is mounted on the host below a shared hostPath comes to the sub path's bind, and
+// does not go with it.
+func TestTearDownShared(t *testing.T) {
+	v := newVolumes(t, t.TempDir(), mountObjects)
+	host := filepath.Join(filepath.Dir(v.Dir), "host")
+	if err := errors.Join(os.Mkdir(host, 0o755), unix.Mount("tmpfs", host, "tmpfs", 0, ""), unix.Mount("", host, "", unix.MS_SHARED, "")); err != nil {
+		t.Fatal(err)
+	}
+	pod := podWith(vol("host", corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: host}}))
+	pod.Spec.Containers[0].VolumeMounts[0].SubPath = "sub"
+	for _, end := range []func(){
+		func() { // the container starts again, when the folder is another one
+			if err := os.Rename(host+"/sub", host+"/was"); err != nil {
+				t.Fatal(err)
+			}
+			must[[]*runtimeapi.Mount](t)(v.Mounts(MountInput{Pod: pod, Container: &pod.Spec.Containers[0]}))
+			if err := errors.Join(os.Remove(host+"/sub"), os.Rename(host+"/was", host+"/sub")); err != nil {
+				t.Fatal(err)
+			}
+		},
+		func() {
+			if err := v.TearDown(t.Context(), uid); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		bound := must[[]*runtimeapi.Mount](t)(v.Mounts(MountInput{Pod: pod, Container: &pod.Spec.Containers[0]}))[0].HostPath
+		usb := host + "/sub/usb"
+		if err := errors.Join(os.MkdirAll(usb, 0o755), unix.Mount("tmpfs", usb, "tmpfs", 0, "")); err != nil {
+			t.Fatal(err)
+		}
+		if !must[bool](t)(isMounted(bound+"/usb", unix.TMPFS_MAGIC)) {
+			t.Fatal("the host's mount has not come")
+		}
+		end()
+		if !must[bool](t)(isMounted(usb, unix.TMPFS_MAGIC)) {
+			t.Error("the host's mount is gone")
+		}
+		if err := unix.Unmount(usb, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	nothingLeft(t, v)
 }
 
 // openers are the two ways to enter a folder.

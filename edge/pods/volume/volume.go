@@ -33,8 +33,6 @@ const served = "configMap, downwardAPI, emptyDir, hostPath, image, projected and
 type Config struct {
 	// Dir holds the folders of the pods, <Dir>/<uid>. It is made where it does not exist.
 	Dir string
-	// LogRoot holds the log folders of the pods, such as /var/log/pods.
-	LogRoot string
 	// HostsFile is the node's own, for pods in the host's network. Empty is /etc/hosts.
 	HostsFile string
 	// Objects has what volumes are made of.
@@ -82,7 +80,7 @@ func waiting(volume string, err error) *Waiting {
 // FailedMount each. It is empty where the error is about the whole pod.
 func Missing(err error) []*Waiting {
 	var all []*Waiting
-	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // the error of SetUp is itself the list
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		for _, e := range joined.Unwrap() {
 			all = append(all, Missing(e)...)
 		}
@@ -209,6 +207,13 @@ func (v *Volumes) setUp(pod *corev1.Pod, vol *corev1.Volume) (due time.Time, err
 		return due, nil
 	}
 	return due, fmt.Errorf("an edge node does not serve volumes of type %s; it serves %s", typeOf(vol), served)
+}
+
+func (v *Volumes) allocatable() corev1.ResourceList {
+	if v.Allocatable == nil {
+		return nil
+	}
+	return v.Allocatable()
 }
 
 // typeOf names the field of the volume's source, as in a manifest.

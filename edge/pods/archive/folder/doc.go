@@ -2,7 +2,7 @@
 // the agent. The import itself is a process of its own (`fairlead-edge images
 // import --folder`), so that the agent never holds what an import takes.
 //
-//	err := folder.Watch(ctx, folder.Config{
+//	folder.Watch(ctx, folder.Config{
 //		Dir: "/var/lib/fairlead/images", Command: folder.Command(dir, socket),
 //		Done: func(r folder.Result) { … log it, make an event … }, Logger: log,
 //	})

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -75,30 +74,45 @@ func Archives(dir string) ([]string, error) {
 	return names, nil
 }
 
-// Watch imports what is in the folder and what is put there, until ctx ends. It
-// returns an error where the folder cannot be watched at all.
-func Watch(ctx context.Context, cfg Config) error {
+// Watch imports what is in the folder and what is put there, until ctx ends.
+func Watch(ctx context.Context, cfg Config) {
 	log := cfg.Logger
 	if log == nil {
 		log = slog.Default()
 	}
 	log = log.With("folder", cfg.Dir)
+	ran := false // whether there may be images that the folder no longer has
+	for {
+		err := watch(ctx, cfg, log, &ran)
+		if ctx.Err() != nil {
+			return
+		}
+		log.Warn("cannot watch the folder for image archives; will try again", "error", err, "after", retryAfter)
+		t := time.NewTimer(retryAfter)
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		}
+		t.Stop()
+	}
+}
+
+// watch is Watch until something is wrong with the folder.
+func watch(ctx context.Context, cfg Config, log *slog.Logger, ran *bool) error {
 	changes, stop, err := notify(cfg.Dir)
 	if err != nil {
-		return fmt.Errorf("watch the folder %s for image archives: %w", cfg.Dir, err)
+		return err
 	}
 	defer stop()
-
-	ran := false // whether there may be images that the folder no longer has
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case err, open := <-changes:
-			if !open || err != nil {
-				return fmt.Errorf("watch the folder %s for image archives: %w", cfg.Dir, err)
+		case _, open := <-changes:
+			if !open {
+				return errors.New("the folder is gone")
 			}
 			timer.Reset(settle)
 			continue
@@ -106,12 +120,12 @@ func Watch(ctx context.Context, cfg Config) error {
 		}
 		files, err := Archives(cfg.Dir)
 		if err != nil {
-			return fmt.Errorf("watch the folder for image archives: %w", err)
+			return err
 		}
-		if len(files) == 0 && !ran {
+		if len(files) == 0 && !*ran {
 			continue
 		}
-		ran = true
+		*ran = true
 		again, err := run(ctx, cfg)
 		if err != nil && ctx.Err() == nil {
 			log.Warn("cannot import the archives; will try again", "error", err, "after", retryAfter)
@@ -128,7 +142,7 @@ func run(ctx context.Context, cfg Config) (again bool, err error) {
 	// An interrupted import cleans up.
 	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second
-	// It outlives nobody, and gives way to pods.
+	// Where the agent dies, the next one begins anew.
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGTERM}
 	var stderr tail
 	cmd.Stderr = &stderr
@@ -169,9 +183,10 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// notify tells, as soon as it happens, that files were written or moved into or
-// out of a folder, however many as one; an error is the end.
-func notify(dir string) (changes <-chan error, stop func(), err error) {
+// notify makes a folder, and tells as soon as it happens that files were written,
+// moved into it or out of it, however many as one. The channel is closed when the
+// folder is gone.
+func notify(dir string) (changes <-chan struct{}, stop func(), err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, err
 	}
@@ -183,7 +198,7 @@ func notify(dir string) (changes <-chan error, stop func(), err error) {
 	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CLOSE_WRITE|unix.IN_MOVE|unix.IN_DELETE|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_ONLYDIR); err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}
-	out, done := make(chan error, 1), make(chan struct{})
+	out, done := make(chan struct{}, 1), make(chan struct{})
 	go func() {
 		defer close(done)
 		defer close(out)
@@ -193,11 +208,10 @@ func notify(dir string) (changes <-chan error, stop func(), err error) {
 				return
 			}
 			if _, err := os.Lstat(dir); err != nil {
-				out <- fs.ErrNotExist
 				return
 			}
 			select {
-			case out <- nil:
+			case out <- struct{}{}:
 			default: // one is enough
 			}
 		}
