@@ -42,6 +42,7 @@ func (e *Engine) connect() (err error) {
 	}
 	e.images, err = image.New(image.Config{
 		Runtime: e.cri, Parallel: e.cfg.ParallelPulls, UsePresent: true, Desired: e.desiredImages,
+		Fetching: image.ContainerdFetching(e.cfg.Runtime),
 		Event: func(pod *corev1.Pod, c *corev1.Container, typ, reason, message string) {
 			e.events.Event(containerRef(pod, c), typ, reason, message)
 		},

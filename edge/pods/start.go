@@ -79,6 +79,9 @@ func (p *pod) sandbox(ctx context.Context, w *want, s *seen, a *podstatus.Action
 	return r, nil
 }
 
+// imageLook is how often a container whose image cannot be had is looked at again.
+const imageLook = 10 * time.Second
+
 // startAll starts the containers that are due.
 func (p *pod) startAll(ctx context.Context, w *want, s *seen, a *podstatus.Actions, r *run) (next time.Time, err error) {
 	var errs []error
@@ -91,7 +94,8 @@ func (p *pod) startAll(ctx context.Context, w *want, s *seen, a *podstatus.Actio
 		var img *image.Error
 		switch {
 		case errors.As(err, &img) && img.Until.After(time.Now()):
-			next = sooner(next, img.Until) // there is no use in trying before
+			// The back-off lasts longer, but shows only to who asks within it.
+			next = sooner(next, sooner(img.Until, time.Now().Add(imageLook)))
 			return false
 		case err != nil:
 			errs = append(errs, fmt.Errorf("container %s: %w", c.Name, err))

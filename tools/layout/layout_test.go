@@ -61,9 +61,23 @@ var rules = []rule{
 	},
 	{
 		of:       "edge",
+		except:   []string{"edge/pods/archive", "edge/cmd/fairlead-images"},
 		reason:   "the edge restarts without the cloud and stays small: it meets the cloud over MQTT only, and memory is won by linking less",
 		may:      []string{"schemas", "broker"},
-		testsMay: []string{runtimeForTests}, // real containers in tests
+		testsMay: []string{runtimeForTests, registryForTests}, // real containers in tests
+		never:    []string{module + "/cloudbridge", "k8s.io/client-go", "k8s.io/kubernetes", "github.com/containerd/containerd"},
+	},
+	{
+		of:       "edge/pods/archive",
+		reason:   "containerd's client costs megabytes of memory: it stays in a command of its own, and this package apart from the agent",
+		testsMay: []string{"edge/pods/cri", runtimeForTests},
+		never:    []string{module + "/cloudbridge", "k8s.io/client-go", "k8s.io/kubernetes"},
+	},
+	{
+		of:       "edge/cmd/fairlead-images",
+		reason:   "the command is there for containerd's client alone",
+		may:      []string{"edge/pods/archive"},
+		testsMay: []string{runtimeForTests},
 		never:    []string{module + "/cloudbridge", "k8s.io/client-go", "k8s.io/kubernetes"},
 	},
 	{
@@ -88,8 +102,9 @@ var rules = []rule{
 // The tools that the tests of a part may import, which share them with the
 // end-to-end tests.
 const (
-	slaveForTests   = "tools/testslave"   // a Modbus slave that is not ours
-	runtimeForTests = "tools/testruntime" // a containerd of the test's own
+	slaveForTests    = "tools/testslave"    // a Modbus slave that is not ours
+	runtimeForTests  = "tools/testruntime"  // a containerd of the test's own
+	registryForTests = "tools/testregistry" // an image registry of the test's own
 )
 
 // clientBelowBroker are the packages that `never: module/broker` does not mean.
@@ -298,6 +313,9 @@ func TestRulesCatch(t *testing.T) {
 		{from: "edge/pods", imports: "k8s.io/api/core/v1", broken: false},
 		{from: "edge/pods/cri", imports: module + "/tools/testruntime", test: true, broken: false},
 		{from: "edge/pods/cri", imports: module + "/tools/testruntime", broken: true},
+		{from: "edge/pods/cri", imports: "github.com/containerd/containerd/v2/client", broken: true},
+		{from: "edge/pods/archive", imports: "github.com/containerd/containerd/v2/client", broken: false},
+		{from: "edge/pods/archive", imports: module + "/edge/pods/cri", broken: true},
 		{from: "edge/pods", imports: module + "/mappers/driver", broken: true},
 		{from: "cloudbridge/status", imports: "k8s.io/client-go/kubernetes", broken: false},
 		{from: "cloudbridge/status", imports: module + "/edge/twin", broken: true},
@@ -335,7 +353,7 @@ func TestNobodyImportsToolsOrCommands(t *testing.T) {
 			if !ok {
 				continue
 			}
-			if below(to, "tools") && !below(from, "tools") && (to != slaveForTests && to != runtimeForTests || slices.Contains(p.Imports, i)) {
+			if below(to, "tools") && !below(from, "tools") && (to != slaveForTests && to != runtimeForTests && to != registryForTests || slices.Contains(p.Imports, i)) {
 				t.Errorf("%s imports %s\n\tbut: tools are for developers and may need anything; what a product needs belongs to a part", from, to)
 			}
 			if home := command(to); home != "" && !below(from, home) {

@@ -9,7 +9,7 @@
 // layouts and docker archives in a tar file, plain or compressed with gzip or
 // zstd. An import is whole or leaves nothing behind.
 //
-// The running agent does not use this package, whose client is larger than the
-// rest of the pod engine: it has the command `fairlead-edge images` do it, see
-// package folder.
+// The running agent does not link this package: containerd's client would add 4.2
+// MB to its binary and 4.5 MB to its memory. It has the command fairlead-images
+// do it, see package folder.
 package archive

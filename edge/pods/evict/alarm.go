@@ -131,10 +131,14 @@ func pressureAlarm(file, trigger string) (*alarm, error) {
 		return nil, errors.Join(fmt.Errorf("epoll: %w", err), f.Close())
 	}
 	err = errors.Join(unix.SetNonblock(ep, true), unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLPRI}))
+	// Whoever looks at the trigger takes the event back, and Go's poller has: that it
+	// woke is all there is to know.
+	woken := true
 	a := &alarm{file: os.NewFile(uintptr(ep), "memory pressure"), trigger: f, rang: func(fd int) bool {
 		var e [1]unix.EpollEvent
-		n, err := unix.EpollWait(fd, e[:], 0)
-		return err == nil && n > 0
+		_, _ = unix.EpollWait(fd, e[:], 0)
+		woken = !woken
+		return woken
 	}}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("epoll of %s: %w", file, err), a.close())

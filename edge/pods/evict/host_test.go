@@ -132,7 +132,7 @@ func TestPressureAlarm(t *testing.T) {
 	}
 	h := &Host{}
 	wake := h.Wake()
-	a, err := pressureAlarm("/proc/pressure/memory", "some 2000 2000000")
+	a, err := pressureAlarm("/proc/pressure/memory", stall)
 	if err != nil {
 		t.Skipf("this kernel tells no pressure: %v", err)
 	}
@@ -152,6 +152,11 @@ func TestPressureAlarm(t *testing.T) {
 	// Writing and reading a file that does not fit evicts its own pages all the time.
 	script := "echo $$ > " + filepath.Join(pods, "cgroup.procs") + "; head -c 64M /dev/zero > " + big +
 		"; while :; do for i in 1 2 3 4; do cat " + big + " > /dev/null & done; wait; done"
+	select {
+	case <-wake:
+		t.Skip("something else on this machine waits for memory")
+	default:
+	}
 	cmd := exec.Command("sh", "-c", script)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {

@@ -1,8 +1,10 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"math"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -46,17 +48,35 @@ func (d *disk) stat(path string) (uint64, uint64, error) {
 	return d.capacity, d.available, d.err
 }
 
+// pinning is a runtime that pins an image, which containerd 1.6 cannot.
+type pinning struct {
+	Runtime
+	pinned string
+}
+
+func (p *pinning) ListImages(ctx context.Context, filter *runtimeapi.ImageFilter) ([]*runtimeapi.Image, error) {
+	images, err := p.Runtime.ListImages(ctx, filter)
+	for _, i := range images {
+		i.Pinned = slices.Contains(i.RepoTags, p.pinned)
+	}
+	return images, err
+}
+
 func TestCollect(t *testing.T) {
 	s := newSite(t)
 	fs := &disk{capacity: 1 << 40, available: 1 << 39}
-	desired := []string{"fairlead.test/wanted", testruntime.Busybox}
+	digest := push(t, s.reg, "fairlead.test/digested:1", "")
+	desired := []string{"fairlead.test/wanted", testruntime.Busybox, "fairlead.test/digested:1@" + digest}
+	pins := &pinning{Runtime: s.cri}
 	a := s.agent(t, func(c *Config) {
+		c.Runtime = pins
 		c.Stat = fs.stat
 		c.Desired = func() []string { return desired }
 	})
 	const wanted, used, before, first, second, young = "fairlead.test/wanted:latest", "fairlead.test/used:1", "fairlead.test/used-before:1",
 		"fairlead.test/first:1", "fairlead.test/second:1", "fairlead.test/young:1"
-	all := []string{testruntime.Pause, testruntime.Busybox, wanted, used, before, first, second, young}
+	const digested = "fairlead.test/digested:1"
+	all := []string{testruntime.Pause, testruntime.Busybox, digested, wanted, used, before, first, second, young}
 	pull := func(name string) (size int64) {
 		t.Helper()
 		push(t, s.reg, name, "")
@@ -82,13 +102,14 @@ func TestCollect(t *testing.T) {
 		}
 	}
 
+	pull(digested)
 	pull(wanted)
 	pull(used)
 	beforeSize := pull(before)
 	s.container(t, "user", used)
 	unuse := s.container(t, "user-before", before)
 	collect() // sees them, with the disk half full
-	if !strings.HasPrefix(fs.at, s.rt.Dir+"/root/") {
+	if !strings.HasPrefix(fs.at, filepath.Join(s.rt.Dir, "root")+string(filepath.Separator)) {
 		t.Errorf("the space at %s was asked for", fs.at)
 	}
 	unuse()
@@ -132,14 +153,17 @@ func TestCollect(t *testing.T) {
 		t.Errorf("freed %d bytes, want %d: %v", freed, youngSize, err)
 	}
 	gone("evicting", first, second, before, young)
-	if n := len(a.Images.mu.access); n != 2 {
-		t.Errorf("the pulls of %d images are remembered, of 2 that are left", n)
+	if n := len(a.Images.mu.access); n != 3 {
+		t.Errorf("the pulls of %d images are remembered, of 3 that are left", n)
 	}
-	desired = nil
-	if _, err := a.FreeSpace(t.Context(), math.MaxInt64); err != nil {
-		t.Error(err)
+	desired, pins.pinned = nil, testruntime.Busybox
+	for _, want := range [][]string{{wanted, digested}, {wanted, digested, testruntime.Busybox}} {
+		if _, err := a.FreeSpace(t.Context(), math.MaxInt64); err != nil {
+			t.Error(err)
+		}
+		gone("nothing desired", append(want, first, second, before, young)...)
+		pins.pinned = ""
 	}
-	gone("nothing desired", first, second, before, young, wanted, testruntime.Busybox)
 
 	a.node = nil
 	fs.capacity = 0

@@ -187,19 +187,12 @@ type request struct {
 // Ensure makes sure that the container's image is on the node and gives the
 // reference by which the runtime knows it. It blocks while it pulls, or waits for
 // other pulls, until ctx ends, whose error it returns then. Every other error is
-// an *Error; it has been told as events, as the kubelet would.
+// an *Error. What the kubelet's image manager would record has been told as
+// events; the container's own, "Error: ErrImagePull", is the caller's.
 //
-// An image volume is asked for with a Container that has no Name.
+// An image volume is asked for with a Container that has its Image and
+// ImagePullPolicy.
 func (m *Images) Ensure(ctx context.Context, pod *corev1.Pod, container *corev1.Container, secrets []*corev1.Secret, sandbox *runtimeapi.PodSandboxConfig) (string, error) {
-	ref, err := m.ensure(ctx, pod, container, secrets, sandbox)
-	var e *Error
-	if errors.As(err, &e) && container.Name != "" {
-		m.cfg.Event(pod, container, corev1.EventTypeWarning, "Failed", "Error: "+e.Reason)
-	}
-	return ref, err
-}
-
-func (m *Images) ensure(ctx context.Context, pod *corev1.Pod, container *corev1.Container, secrets []*corev1.Secret, sandbox *runtimeapi.PodSandboxConfig) (string, error) {
 	event := func(typ, reason, message string) { m.cfg.Event(pod, container, typ, reason, message) }
 	n, err := parse(container.Image)
 	if err != nil {

@@ -41,7 +41,7 @@ func TestRealContainer(t *testing.T) {
 	}
 	id, err := c.CreateContainer(ctx, sandbox, &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: &runtimeapi.ImageSpec{Image: testruntime.Busybox}, LogPath: "app/0.log",
-		Command: []string{"sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo $i; done; exec sleep 1000000"}, Linux: &runtimeapi.LinuxContainerConfig{},
+		Command: []string{"sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; if [ $((i%5000)) = 0 ]; then until rm /tmp/go; do sleep 0.01; done 2>/dev/null; fi; done"}, Linux: &runtimeapi.LinuxContainerConfig{},
 	}, box)
 	if err == nil {
 		err = c.StartContainer(ctx, id)
@@ -81,16 +81,21 @@ func TestRealContainer(t *testing.T) {
 		}
 		return out
 	}
-	for deadline := time.Now().Add(time.Minute); ; {
-		r.Look(ctx)
-		if n := len(lines()); n >= 20000 {
-			break
+	for round := range 4 {
+		for deadline := time.Now().Add(time.Minute); len(lines()) < 5000*(round+1); r.Look(ctx) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d lines", len(lines()))
+			}
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d lines", len(lines()))
+		r.Look(ctx)
+		if resp, err := c.ExecSync(ctx, id, []string{"touch", "/tmp/go"}, time.Minute); err != nil || resp.ExitCode != 0 {
+			t.Fatal(resp, err)
 		}
 	}
-	if r.Look(ctx); count(t, r.rotated) < 3 || count(t, r.failed) != 0 {
+	if err := c.StopContainer(ctx, id, 0); err != nil {
+		t.Fatal(err)
+	}
+	if count(t, r.rotated) < 4 || count(t, r.failed) != 0 {
 		t.Errorf("%v rotations, %v failed", count(t, r.rotated), count(t, r.failed))
 	}
 	for i, l := range lines() {

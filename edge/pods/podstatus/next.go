@@ -101,7 +101,6 @@ func (in *Input) renew(a *Actions) {
 	pod := in.Pod
 	a.KillPod = len(in.Sandboxes)+len(in.Containers) > 0
 	if pod.Spec.RestartPolicy == corev1.RestartPolicyNever && a.Attempt != 0 && len(in.Containers) > 0 {
-		a.KillPod = true
 		return
 	}
 	var start []*corev1.Container
@@ -118,7 +117,6 @@ func (in *Input) renew(a *Actions) {
 		start = append(start, c)
 	}
 	if len(start) == 0 && in.regularCreated() {
-		a.KillPod = true
 		return
 	}
 	a.CreateSandbox = true

@@ -73,6 +73,8 @@ func TestNext(t *testing.T) {
 		{"sandbox died, all had succeeded", onFailure, nil, two, func(s *story) { s.sandbox().runs("a", "b").exits("a", 0).exits("b", 0).sandboxEnds() }, ""},
 		{"sandbox died, never restart", never, nil, two, func(s *story) { s.sandbox().runs("a", "b").exits("a", 0).sandboxEnds() }, "kill pod"},
 		{"sandbox died before any container, never restart", never, nil, one, func(s *story) { s.sandbox().sandboxEnds() }, "kill pod, sandbox 1, start a"},
+		{"sandbox died, one had succeeded by its own policy", always, nil, []corev1.Container{container("a", rule(corev1.ContainerRestartPolicyOnFailure, corev1.ContainerRestartRuleActionRestart)), container("b")}, func(s *story) { s.sandbox().runs("a", "b").exits("a", 0).exits("b", 0).sandboxEnds() }, "kill pod, sandbox 1, start b"},
+		{"sandbox died again", always, nil, one, func(s *story) { s.sandbox().sandbox().sandboxEnds() }, "kill pod, sandbox 2, start a"},
 		{"two ready sandboxes", always, nil, one, func(s *story) { s.sandbox(); s.in.Sandboxes = append(s.in.Sandboxes, s.in.Sandboxes[0]) }, "kill pod, sandbox 1, start a"},
 
 		// Regular containers.
@@ -108,6 +110,10 @@ func TestNext(t *testing.T) {
 		{"init failed, never", never, inits, one, func(s *story) { s.sandbox().runs("i1").exits("i1", 1) }, "kill pod"},
 		{"init was killed for memory", always, inits, one, func(s *story) { s.sandbox().runs("i1").exits("i1", 0).in.latest("i1").Reason = "OOMKilled" }, "init i1"},
 		{"init failed more than once", always, inits, one, func(s *story) { s.sandbox().runs("i1").exits("i1", 1).runs("i1").exits("i1", 1) }, "remove i1-0, init i1"},
+		{"init runs again", always, inits, one, func(s *story) { s.sandbox().runs("i1").exits("i1", 1).runs("i1") }, ""},
+		{"init was created but not started", always, inits, one, func(s *story) { s.sandbox().runs("i1"); s.in.Containers[0].State = created }, "init i1"},
+		{"an end of init does not matter any more", always, inits, one, func(s *story) { s.sandbox().runs("i1").exits("i1", 1).runs("a") }, ""},
+		{"init is unknown, never by its own policy", always, []corev1.Container{container("i1", rule(corev1.ContainerRestartPolicyNever, corev1.ContainerRestartRuleActionRestart))}, one, func(s *story) { s.sandbox().runs("i1"); s.in.Containers[0].State = unknown }, "kill pod"},
 		{"init is unknown", always, inits, one, func(s *story) { s.sandbox().runs("i1"); s.in.Containers[0].State = unknown }, `kill i1-0 (Init container is in "unknown" state, try killing it before restart), init i1`},
 		{"init is unknown, never", never, inits, one, func(s *story) { s.sandbox().runs("i1"); s.in.Containers[0].State = unknown }, "kill pod"},
 		{"init ran in another sandbox", always, inits, one, func(s *story) { s.sandbox().runs("i1").exits("i1", 0).runs("i2").exits("i2", 0).sandbox() }, "init i1"},
@@ -131,6 +137,7 @@ func TestNext(t *testing.T) {
 		{"sidecar ended before the next init", always, mesh, one, func(s *story) { s.sandbox().runs("mesh").exits("mesh", 0) }, "init mesh"},
 		{"sidecar and crash", always, mesh, one, func(s *story) { s.sandbox().runs("mesh", "a").exits("mesh", 1).exits("a", 1) }, "init mesh, start a"},
 		{"sidecar does not keep a pod", never, mesh, one, func(s *story) { s.sandbox().runs("mesh", "a").exits("a", 0) }, "kill pod"},
+		{"sidecar was removed", always, mesh, one, func(s *story) { s.sandbox().runs("a") }, "init mesh"},
 		{"last sidecar has started", always, mesh[:2], one, func(s *story) { s.sandbox().runs("mesh").probes.started["mesh-0"] = true }, "start a"},
 
 		// Ends.
@@ -154,6 +161,9 @@ func TestNext(t *testing.T) {
 			a := s.next()
 			if got := done(a); got != tc.want {
 				t.Errorf("got  %s\nwant %s", got, tc.want)
+			}
+			if n := len(s.in.Sandboxes); n > 0 && a.SandboxID != s.in.Sandboxes[0].Id {
+				t.Errorf("sandbox %q", a.SandboxID)
 			}
 			if a.None() != (tc.want == "") {
 				t.Errorf("None() is %v", a.None())

@@ -8,7 +8,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	utilsysctl "k8s.io/component-helpers/node/util/sysctl"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	utilnet "k8s.io/utils/net"
 )
 
 // Labels of sandboxes and containers: whose they are. They are the kubelet's, so
@@ -101,28 +100,14 @@ func LogPath(container string, attempt uint32) string {
 	return filepath.Join(container, strconv.FormatUint(uint64(attempt), 10)+".log")
 }
 
-// portMappings are the container's ports, each name once.
+// portMappings are the container's ports, each name, or port without one, once.
 func portMappings(c *corev1.Container) []*runtimeapi.PortMapping {
-	type unnamed struct {
-		family   string
-		protocol corev1.Protocol
-		ip       string
-		port     int32
-		hostPort int32
-	}
 	var out []*runtimeapi.PortMapping
 	seen := map[any]bool{}
 	for _, p := range c.Ports {
-		var key any = p.Name
-		if p.Name == "" {
-			k := unnamed{"any", p.Protocol, p.HostIP, p.ContainerPort, p.HostPort}
-			switch {
-			case utilnet.IsIPv6String(p.HostIP):
-				k.family = "v6"
-			case p.HostIP != "":
-				k.family = "v4"
-			}
-			key = k
+		var key any = p
+		if p.Name != "" {
+			key = p.Name
 		}
 		if seen[key] {
 			continue

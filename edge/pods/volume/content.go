@@ -162,7 +162,7 @@ func (c *collector) items(keys map[string][]byte, items []corev1.KeyToPath, opti
 func yes(b *bool) bool { return b != nil && *b }
 
 func (c *collector) configMap(name string, items []corev1.KeyToPath, optional *bool) error {
-	cm, err := c.v.Objects.ConfigMap(c.pod.Namespace, name)
+	cm, err := c.v.cfg.Objects.ConfigMap(c.pod.Namespace, name)
 	if errors.Is(err, source.ErrNotFound) && yes(optional) {
 		cm, err = &corev1.ConfigMap{}, nil
 	}
@@ -180,7 +180,7 @@ func (c *collector) configMap(name string, items []corev1.KeyToPath, optional *b
 }
 
 func (c *collector) secret(name string, items []corev1.KeyToPath, optional *bool) error {
-	s, err := c.v.Objects.Secret(c.pod.Namespace, name)
+	s, err := c.v.cfg.Objects.Secret(c.pod.Namespace, name)
 	if errors.Is(err, source.ErrNotFound) && yes(optional) {
 		s, err = &corev1.Secret{}, nil
 	}
@@ -253,14 +253,14 @@ func (c *collector) token(t *corev1.ServiceAccountTokenProjection) error {
 		seconds = *t.ExpirationSeconds
 	}
 	now := time.Now()
-	data, expires, err := c.v.Objects.Token(c.pod.Namespace, c.pod.Name, c.pod.UID, t.Audience, seconds)
+	data, expires, err := c.v.cfg.Objects.Token(c.pod.Namespace, c.pod.Name, c.pod.UID, t.Audience, seconds)
 	due := expires.Add(-time.Duration(seconds) * time.Second / 5)
 	if err != nil {
 		due = now
 		if data = c.old(t.Path); data == "" {
 			return err
 		}
-		c.v.Log.Warn("no new service account token: the old one is kept", "pod", c.pod.Name, "namespace", c.pod.Namespace, "path", t.Path, "err", err)
+		c.v.cfg.Log.Warn("no new service account token: the old one is kept", "pod", c.pod.Name, "namespace", c.pod.Namespace, "path", t.Path, "err", err)
 	}
 	if due.Before(now.Add(time.Second)) {
 		due = now.Add(tokenRetry)

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -288,7 +289,7 @@ func TestWaiting(t *testing.T) {
 			pod := podWith(vol("v", c.volume), vol("good", corev1.VolumeSource{ConfigMap: configMap("conf")}), vol("v2", c.volume))
 			pod.Spec.Volumes = append(pod.Spec.Volumes, vol("unused", corev1.VolumeSource{ConfigMap: configMap("never")}))
 			err := v.SetUp(t.Context(), pod)
-			missing := Missing(err)
+			missing := Missing(fmt.Errorf("volumes: %w", err))
 			if len(missing) != 2 || missing[0].Volume != "v" || missing[1].Volume != "v2" {
 				t.Fatalf("missing %v of %v", missing, err)
 			}

@@ -65,7 +65,7 @@ func TestEmptyDir(t *testing.T) {
 			if got := look(); !strings.HasPrefix(got, "0700 7:8") || read(t, dir+"/kept") != "x" {
 				t.Errorf("after another SetUp: %s", got)
 			}
-			if got, want := len(mountsBelow(t, v.Dir)), strings.Count(c.want, " ")-1; got != want {
+			if got, want := len(mountsBelow(t, v.cfg.Dir)), strings.Count(c.want, " ")-1; got != want {
 				t.Errorf("%d mounts, want %d", got, want)
 			}
 		})
@@ -73,7 +73,7 @@ func TestEmptyDir(t *testing.T) {
 }
 
 func TestTmpfsSize(t *testing.T) {
-	v := &Volumes{Config: testConfig(t.TempDir(), nil)}
+	v := &Volumes{cfg: testConfig(t.TempDir(), nil)}
 	limit := func(s string) corev1.Container {
 		c := corev1.Container{}
 		if s != "" {
@@ -115,7 +115,7 @@ func TestTmpfsSize(t *testing.T) {
 			}
 		})
 	}
-	v.Allocatable = nil
+	v.cfg.Allocatable = nil
 	if got := v.tmpfsSize(&corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{limit("")}}}, nil); got != 0 {
 		t.Errorf("nothing known: %d", got)
 	}
@@ -168,7 +168,7 @@ func TestHugePages(t *testing.T) {
 	if got, want := tree(t, dir), "2775 0:3000 ./\n"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
-	if at := mountsBelow(t, v.Dir); len(at) != 1 || !must[bool](t)(isMounted(dir, unix.HUGETLBFS_MAGIC)) {
+	if at := mountsBelow(t, v.cfg.Dir); len(at) != 1 || !must[bool](t)(isMounted(dir, unix.HUGETLBFS_MAGIC)) {
 		t.Errorf("mounts: %v", at)
 	}
 	// Pages of another size than what is there.

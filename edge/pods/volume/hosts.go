@@ -27,7 +27,7 @@ func (v *Volumes) Hosts(pod *corev1.Pod, podIPs []string, hostname, domain strin
 	switch {
 	case pod.Spec.HostNetwork:
 		b.WriteString("# Kubernetes-managed hosts file (host network).\n")
-		host, err := os.ReadFile(v.HostsFile)
+		host, err := os.ReadFile(v.cfg.HostsFile)
 		if err != nil {
 			return "", err
 		}

@@ -136,7 +136,7 @@ func TestKill(t *testing.T) {
 			if lives {
 				at = append(at, step)
 				pod := killPod()
-				if err := life(v, v.Objects.(*objects), pod); err != nil {
+				if err := life(v, v.cfg.Objects.(*objects), pod); err != nil {
 					t.Errorf("killed after step %d, %s: %v", n, step, err)
 				}
 				var got strings.Builder
@@ -146,10 +146,10 @@ func TestKill(t *testing.T) {
 				if diff := cmp.Diff(lived, got.String()); diff != "" {
 					t.Errorf("killed after step %d, %s: %s", n, step, diff)
 				}
-				if at := mountsBelow(t, v.Dir); len(at) != 6 { // three tmpfs, three sub paths
+				if at := mountsBelow(t, v.cfg.Dir); len(at) != 6 { // three tmpfs, three sub paths
 					t.Errorf("killed after step %d, %s: mounts %v", n, step, at)
 				}
-				root := v.Dir + "/" + string(uid)
+				root := v.cfg.Dir + "/" + string(uid)
 				if got := read(t, root+"/subpaths/conf/main/0"); got != "2" {
 					t.Errorf("killed after step %d, %s: the sub path has %q", n, step, got)
 				}

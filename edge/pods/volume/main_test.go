@@ -6,10 +6,12 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -28,7 +30,46 @@ func TestMain(m *testing.M) {
 		killed(dir)
 		return
 	}
+	if dir := os.Getenv(aloneDir); dir != "" { // a process in a mount namespace of its own
+		shared := uintptr(unix.MS_PRIVATE)
+		if os.Getenv(aloneShared) != "" {
+			shared = unix.MS_SHARED
+		}
+		if err := errors.Join(unix.Mount("tmpfs", dir, "tmpfs", 0, ""), unix.Mount("", dir, "", shared, "")); err != nil {
+			panic(err)
+		}
+		fmt.Print(alone(dir, fmt.Sprintf("/proc/%d/ns/mnt", os.Getppid())))
+		return
+	}
 	os.Exit(m.Run())
+}
+
+const (
+	aloneDir    = "FAIRLEAD_VOLUME_ALONE_DIR"
+	aloneShared = "FAIRLEAD_VOLUME_ALONE_SHARED"
+)
+
+// The agent knows when the runtime cannot see its mounts.
+func TestAlone(t *testing.T) {
+	rootOnly(t)
+	for _, c := range []struct {
+		flags  uintptr
+		shared string
+		want   bool
+	}{{0, "", false}, {unix.CLONE_NEWNS, "", true}, {unix.CLONE_NEWNS, "yes", false}} {
+		dir := t.TempDir()
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), aloneDir+"="+dir, aloneShared+"="+c.shared)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: c.flags}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatal(err, string(out))
+		}
+		if string(out) != fmt.Sprint(c.want) {
+			t.Errorf("%+v: %s", c, out)
+		}
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
+	}
 }
 
 const uid = types.UID("5b0d1e9c-6f1a-4a53-9d41-0a8f3f6f2c11")
@@ -189,10 +230,10 @@ func onStep(t testing.TB, f func(step string)) {
 // nothingLeft fails where there is a mount below the folder of the pods, or anything in it.
 func nothingLeft(t testing.TB, v *Volumes) {
 	t.Helper()
-	if at := mountsBelow(t, v.Dir); len(at) > 0 {
+	if at := mountsBelow(t, v.cfg.Dir); len(at) > 0 {
 		t.Errorf("mounts are left: %v", at)
 	}
-	if left := must[[]os.DirEntry](t)(os.ReadDir(v.Dir)); len(left) > 0 {
+	if left := must[[]os.DirEntry](t)(os.ReadDir(v.cfg.Dir)); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }

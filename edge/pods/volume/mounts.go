@@ -109,7 +109,7 @@ func (v *Volumes) Mounts(in MountInput) ([]*runtimeapi.Mount, error) {
 	if c.TerminationMessagePath != "" {
 		// A container without this file is better than none on a full disk.
 		if file, err := messageFile(filepath.Join(dir, "containers", c.Name)); err != nil {
-			v.Log.Warn("make the file for the termination message", "pod", pod.Name, "namespace", pod.Namespace, "container", c.Name, "err", err)
+			v.cfg.Log.Warn("make the file for the termination message", "pod", pod.Name, "namespace", pod.Namespace, "container", c.Name, "err", err)
 		} else {
 			mounts = append(mounts, &runtimeapi.Mount{ContainerPath: filepath.Join("/", c.TerminationMessagePath), HostPath: file, SelinuxRelabel: v.selinux})
 		}
@@ -139,7 +139,7 @@ func (v *Volumes) recursiveReadOnly(pod *corev1.Pod, m corev1.VolumeMount) (bool
 	if p := m.MountPropagation; p != nil && *p != corev1.MountPropagationNone {
 		return false, fmt.Errorf("volume %q requested recursive read-only mode, but it is not compatible with propagation %q", m.Name, *p)
 	}
-	can := v.RecursiveReadOnly != nil && v.RecursiveReadOnly(pod)
+	can := v.cfg.RecursiveReadOnly != nil && v.cfg.RecursiveReadOnly(pod)
 	switch mode := *m.RecursiveReadOnly; {
 	case mode == corev1.RecursiveReadOnlyIfPossible:
 		return can, nil

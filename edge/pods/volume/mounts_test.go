@@ -22,7 +22,7 @@ import (
 func text(v *Volumes, mounts []*runtimeapi.Mount) string {
 	var b strings.Builder
 	for _, m := range mounts {
-		host := strings.ReplaceAll(m.HostPath, filepath.Join(v.Dir, string(uid)), "POD")
+		host := strings.ReplaceAll(m.HostPath, filepath.Join(v.cfg.Dir, string(uid)), "POD")
 		host = regexp.MustCompile(`(/containers/\w+/)[0-9a-f]{8}$`).ReplaceAllString(host, "${1}HASH")
 		fmt.Fprintf(&b, "%s <- %s", m.ContainerPath, host)
 		if m.Image != nil {
@@ -63,7 +63,7 @@ var mountObjects = &objects{
 
 func TestMounts(t *testing.T) {
 	v := newVolumes(t, t.TempDir(), mountObjects)
-	v.RecursiveReadOnly = func(p *corev1.Pod) bool { return p.Spec.RuntimeClassName != nil }
+	v.cfg.RecursiveReadOnly = func(p *corev1.Pod) bool { return p.Spec.RuntimeClassName != nil }
 	pod := mountPod()
 	c := &pod.Spec.Containers[0]
 	m := func(m corev1.VolumeMount, with ...func(*corev1.VolumeMount)) corev1.VolumeMount {
@@ -196,8 +196,8 @@ func TestMessageFile(t *testing.T) {
 func TestHosts(t *testing.T) {
 	dir := t.TempDir()
 	v := newVolumes(t, dir, &objects{})
-	v.HostsFile = dir + "/hosts"
-	write(t, v.HostsFile, "127.0.0.1 localhost gateway\n")
+	v.cfg.HostsFile = dir + "/hosts"
+	write(t, v.cfg.HostsFile, "127.0.0.1 localhost gateway\n")
 	aliases := []corev1.HostAlias{{IP: "10.1.2.3", Hostnames: []string{"plc", "plc.plant"}}, {IP: "10.1.2.4", Hostnames: []string{"hmi"}}}
 	const local = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\nfe00::0\tip6-mcastprefix\nfe00::1\tip6-allnodes\nfe00::2\tip6-allrouters\n"
 	const aliasText = "\n# Entries added by HostAliases.\n10.1.2.3\tplc\tplc.plant\n10.1.2.4\thmi\n"

@@ -21,15 +21,25 @@ import (
 // text goes to those who must not know the host's file system; the log does not.
 func (v *Volumes) subPath(podDir, volume, container string, index int, base, sub string) (string, error) {
 	if err := makeBeneath(base, sub); err != nil {
-		v.Log.Warn("make the folder of a subPath", "path", filepath.Join(base, sub), "container", container, "err", err)
-		return "", fmt.Errorf("failed to create subPath directory for volumeMount %q of container %q", volume, container)
+		v.cfg.Log.Warn("make the folder of a subPath", "path", filepath.Join(base, sub), "container", container, "err", err)
+		return "", outOfRoom(fmt.Errorf("failed to create subPath directory for volumeMount %q of container %q", volume, container), err)
 	}
 	target := filepath.Join(podDir, "subpaths", volume, container, strconv.Itoa(index))
 	if err := bindBeneath(base, sub, target); err != nil {
-		v.Log.Warn("bind a subPath", "path", filepath.Join(base, sub), "container", container, "err", err)
-		return "", fmt.Errorf("failed to prepare subPath for volumeMount %q of container %q", volume, container)
+		v.cfg.Log.Warn("bind a subPath", "path", filepath.Join(base, sub), "container", container, "err", err)
+		return "", outOfRoom(fmt.Errorf("failed to prepare subPath for volumeMount %q of container %q", volume, container), err)
 	}
 	return target, nil
+}
+
+// outOfRoom adds to the error that there is no room, which tells nobody anything of the host.
+func outOfRoom(err, cause error) error {
+	for _, no := range []error{unix.ENOSPC, unix.EDQUOT} {
+		if errors.Is(cause, no) {
+			return fmt.Errorf("%w: %w", err, no)
+		}
+	}
+	return err
 }
 
 // envFile is the most of a file that ReadFile reads.

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -51,7 +52,7 @@ func TestSubPath(t *testing.T) {
 	}
 	// The next container of that name: bound once.
 	must[string](t)(mount())
-	if at := mountsBelow(t, v.Dir); len(at) != 1 {
+	if at := mountsBelow(t, v.cfg.Dir); len(at) != 1 {
 		t.Errorf("mounts: %v", at)
 	}
 	// The folder is another one by now.
@@ -70,7 +71,7 @@ func TestSubPath(t *testing.T) {
 	if got := read(t, must[string](t)(mount())); got != "z" {
 		t.Errorf("got %q", got)
 	}
-	if at := mountsBelow(t, v.Dir); len(at) != 1 {
+	if at := mountsBelow(t, v.cfg.Dir); len(at) != 1 {
 		t.Errorf("mounts: %v", at)
 	}
 	if err := v.TearDown(t.Context(), pod.UID); err != nil {
@@ -134,7 +135,7 @@ func TestSubPathLinks(t *testing.T) {
 		if (err == nil) != (want == "") || err != nil && !strings.HasPrefix(err.Error(), want+" ") {
 			t.Errorf("%s: got %q %v, want %q", link, bound, err, want)
 		}
-		if err != nil && (strings.Contains(err.Error(), outside) || strings.Contains(err.Error(), v.Dir)) {
+		if err != nil && (strings.Contains(err.Error(), outside) || strings.Contains(err.Error(), v.cfg.Dir)) {
 			t.Errorf("%s: the error tells of the host: %v", link, err)
 		}
 		if _, err := os.Stat(outside + "/none"); err == nil {
@@ -217,6 +218,48 @@ func TestSubPathRace(t *testing.T) {
 	t.Logf("%d bound, %d refused, %d flips", good, refused, flips.Load())
 	if good == 0 || refused == 0 {
 		t.Errorf("%d bound, %d refused: there was no race", good, refused)
+	}
+}
+
+// On a full disk a sub path is not made, and says why; the file for the termination
+// message is left out.
+func TestMountsDiskFull(t *testing.T) {
+	rootOnly(t)
+	for _, sub := range []string{"", "there", "new"} {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		v := newVolumes(t, dir, mountObjects)
+		pod := podWith(vol("empty", corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}))
+		if err := v.SetUp(t.Context(), pod); err != nil {
+			t.Fatal(err)
+		}
+		write(t, v.path(pod, &pod.Spec.Volumes[0])+"/there/file", "x")
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("", dir, "", unix.MS_REMOUNT, fmt.Sprintf("nr_inodes=%d", st.Files-st.Ffree)); err != nil {
+			t.Fatal(err)
+		}
+		pod.Spec.Containers[0].VolumeMounts[0].SubPath = sub
+		mounts, err := v.Mounts(MountInput{Pod: pod, Container: &pod.Spec.Containers[0]})
+		if sub == "" {
+			if err != nil || len(mounts) != 1 {
+				t.Errorf("got %v, %v", mounts, err)
+			}
+			continue
+		}
+		if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), `volumeMount "empty" of container "main": no space left on device`) {
+			t.Errorf("%s: got %v", sub, err)
+		}
+		if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "nr_inodes=10000"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := v.Mounts(MountInput{Pod: pod, Container: &pod.Spec.Containers[0]}); err != nil {
+			t.Errorf("%s, with room again: %v", sub, err)
+		}
 	}
 }
 

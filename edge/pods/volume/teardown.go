@@ -33,7 +33,7 @@ func (v *Volumes) TearDown(ctx context.Context, uid types.UID) error {
 	if err := v.unmount(dir); err != nil {
 		return fmt.Errorf("tear down the volumes of pod %s: %w", uid, err)
 	}
-	if err := removeTree(ctx, v.Dir, string(uid)); err != nil {
+	if err := removeTree(ctx, v.cfg.Dir, string(uid)); err != nil {
 		return fmt.Errorf("remove the folder of pod %s: %w", uid, err)
 	}
 	return nil
@@ -63,7 +63,7 @@ func (v *Volumes) unmount(dir string) error {
 			}
 			err := unix.Unmount(m.Mountpoint, flags)
 			if errors.Is(err, unix.EBUSY) {
-				v.Log.Info("a volume is busy: it is detached", "path", m.Mountpoint)
+				v.cfg.Log.Info("a volume is busy: it is detached", "path", m.Mountpoint)
 				err = unix.Unmount(m.Mountpoint, flags|unix.MNT_DETACH)
 			}
 			if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {

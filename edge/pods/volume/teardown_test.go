@@ -45,7 +45,7 @@ func setUpFull(t testing.TB) (*Volumes, *corev1.Pod, []*runtimeapi.Mount) {
 
 func TestTearDown(t *testing.T) {
 	v, pod, mounts := setUpFull(t)
-	if got := len(mountsBelow(t, v.Dir)); got != 5 { // two tmpfs, three sub paths
+	if got := len(mountsBelow(t, v.cfg.Dir)); got != 5 { // two tmpfs, three sub paths
 		t.Errorf("%d mounts", got)
 	}
 	if got := must[[]types.UID](t)(v.Pods()); !slices.Equal(got, []types.UID{uid}) {
@@ -75,10 +75,10 @@ func TestTearDown(t *testing.T) {
 // the same file system, one upon another, with blanks in their names.
 func TestTearDownSparesTheHost(t *testing.T) {
 	v, pod, _ := setUpFull(t)
-	host := filepath.Join(filepath.Dir(v.Dir), "host")
+	host := filepath.Join(filepath.Dir(v.cfg.Dir), "host")
 	write(t, host+"/a/precious", "x")
 	disk := v.path(pod, &pod.Spec.Volumes[2])
-	neighbour := v.Dir + "/" + string(uid) + "-2/precious"
+	neighbour := v.cfg.Dir + "/" + string(uid) + "-2/precious"
 	write(t, neighbour, "x")
 	if err := errors.Join(
 		os.Symlink(host, disk+"/link"),
@@ -94,7 +94,7 @@ func TestTearDownSparesTheHost(t *testing.T) {
 	if err := v.TearDown(t.Context(), uid); err != nil {
 		t.Fatal(err)
 	}
-	if at := mountsBelow(t, v.Dir); len(at) > 0 {
+	if at := mountsBelow(t, v.cfg.Dir); len(at) > 0 {
 		t.Errorf("mounts are left: %v", at)
 	}
 	for _, path := range []string{host + "/a/precious", neighbour} {
@@ -111,7 +111,7 @@ func TestTearDownSparesTheHost(t *testing.T) {
 // does not go with it.
 func TestTearDownShared(t *testing.T) {
 	v := newVolumes(t, t.TempDir(), mountObjects)
-	host := filepath.Join(filepath.Dir(v.Dir), "host")
+	host := filepath.Join(filepath.Dir(v.cfg.Dir), "host")
 	if err := errors.Join(os.Mkdir(host, 0o755), unix.Mount("tmpfs", host, "tmpfs", 0, ""), unix.Mount("", host, "", unix.MS_SHARED, "")); err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func TestTearDownMountMeanwhile(t *testing.T) {
 			openFolder = open
 			t.Cleanup(func() { openFolder = was })
 			v, pod, _ := setUpFull(t)
-			host := filepath.Join(filepath.Dir(v.Dir), "host")
+			host := filepath.Join(filepath.Dir(v.cfg.Dir), "host")
 			write(t, host+"/precious", "x")
 			disk := v.path(pod, &pod.Spec.Volumes[2])
 			for i := range 10 {

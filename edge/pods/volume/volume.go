@@ -8,9 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -53,7 +55,7 @@ type Config struct {
 // system's. Calls for different pods may run at once; those for one pod may not,
 // but for Usage.
 type Volumes struct {
-	Config
+	cfg     Config
 	selinux bool
 }
 
@@ -79,17 +81,19 @@ func waiting(volume string, err error) *Waiting {
 // Missing lists the volumes that an error of SetUp or Update is about, an event
 // FailedMount each. It is empty where the error is about the whole pod.
 func Missing(err error) []*Waiting {
-	var all []*Waiting
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		for _, e := range joined.Unwrap() {
-			all = append(all, Missing(e)...)
+	switch e := err.(type) { //nolint:errorlint // it is the tree of errors that is walked
+	case *Waiting:
+		return []*Waiting{e}
+	case interface{ Unwrap() error }:
+		return Missing(e.Unwrap())
+	case interface{ Unwrap() []error }:
+		var all []*Waiting
+		for _, one := range e.Unwrap() {
+			all = append(all, Missing(one)...)
 		}
 		return all
 	}
-	if w := (*Waiting)(nil); errors.As(err, &w) {
-		all = append(all, w)
-	}
-	return all
+	return nil
 }
 
 // New makes the folder of the pods.
@@ -111,7 +115,27 @@ func New(cfg Config) (*Volumes, error) {
 		return nil, fmt.Errorf("find the folder of the pods: %w", err)
 	}
 	cfg.Dir = dir
+	if alone(dir, "/proc/1/ns/mnt") {
+		cfg.Log.Error("the agent has a mount namespace of its own: containers will find their secrets and memory volumes empty. "+
+			"Run it without what makes one (systemd: PrivateTmp, ProtectSystem, PrivateMounts and the like; a container: mountPropagation Bidirectional)", "dir", dir)
+	}
 	return &Volumes{cfg, selinuxEnabled()}, nil
+}
+
+// alone tells whether what is mounted below the folder stays unseen in the mount
+// namespace that is the host's. What cannot be known is no.
+func alone(dir, namespace string) bool {
+	own, err1 := os.Readlink("/proc/self/ns/mnt")
+	host, err2 := os.Readlink(namespace)
+	if err1 != nil || err2 != nil || own == host {
+		return false
+	}
+	above, err := mountinfo.GetMounts(mountinfo.ParentsFilter(dir))
+	if err != nil || len(above) == 0 {
+		return false
+	}
+	slices.SortStableFunc(above, func(a, b *mountinfo.Info) int { return len(a.Mountpoint) - len(b.Mountpoint) })
+	return !strings.Contains(above[len(above)-1].Optional, "shared:")
 }
 
 // podDir is the folder of a pod.
@@ -119,7 +143,7 @@ func (v *Volumes) podDir(uid types.UID) (string, error) {
 	if !plain(string(uid)) {
 		return "", fmt.Errorf("pod uid %q: want one that can name a folder", uid)
 	}
-	return filepath.Join(v.Dir, string(uid)), nil
+	return filepath.Join(v.cfg.Dir, string(uid)), nil
 }
 
 // plain tells whether a name stays in the folder that it is put in.
@@ -129,7 +153,7 @@ func plain(name string) bool {
 
 // Pods are those that have a folder, whatever is in it.
 func (v *Volumes) Pods() ([]types.UID, error) {
-	entries, err := os.ReadDir(v.Dir)
+	entries, err := os.ReadDir(v.cfg.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("list the folders of the pods: %w", err)
 	}
@@ -201,7 +225,7 @@ func (v *Volumes) setUp(pod *corev1.Pod, vol *corev1.Volume) (due time.Time, err
 	case vol.HostPath != nil:
 		return due, checkHostPath(vol.HostPath)
 	case vol.Image != nil:
-		if v.ImageVolumes == nil || !v.ImageVolumes() {
+		if v.cfg.ImageVolumes == nil || !v.cfg.ImageVolumes() {
 			return due, errors.New("the container runtime of this node does not mount images (containerd does from 2.1 on, CRI-O from 1.31)")
 		}
 		return due, nil
@@ -210,10 +234,10 @@ func (v *Volumes) setUp(pod *corev1.Pod, vol *corev1.Volume) (due time.Time, err
 }
 
 func (v *Volumes) allocatable() corev1.ResourceList {
-	if v.Allocatable == nil {
+	if v.cfg.Allocatable == nil {
 		return nil
 	}
-	return v.Allocatable()
+	return v.cfg.Allocatable()
 }
 
 // typeOf names the field of the volume's source, as in a manifest.
@@ -287,10 +311,11 @@ func (v *Volumes) path(pod *corev1.Pod, vol *corev1.Volume) string {
 	default:
 		return ""
 	}
-	return filepath.Join(v.Dir, string(pod.UID), "volumes", kind, vol.Name)
+	return filepath.Join(v.cfg.Dir, string(pod.UID), "volumes", kind, vol.Name)
 }
 
-// fsGroup is the group that owns the pod's volumes, nil where none was asked for.
+// fsGroup is the group that owns the pod's volumes, nil where none was asked for. It
+// is given when they are made: fsGroupChangePolicy is about volumes that outlive pods.
 func fsGroup(pod *corev1.Pod) *int64 {
 	if pod.Spec.SecurityContext == nil {
 		return nil

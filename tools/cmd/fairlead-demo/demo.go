@@ -103,7 +103,7 @@ func newDemo(c config, s *screen) (*demo, error) {
 			return st.Cloud, err
 		}},
 		{name: "edge", says: "nobody drives the pump, which keeps its last setpoint", start: func(ctx context.Context) (*stack.Process, error) {
-			e, err := st.StartEdge(ctx, d.edge)
+			e, err := st.StartEdge(ctx, d.edge, d.podFlags()...)
 			if err != nil {
 				return nil, err
 			}
@@ -195,18 +195,30 @@ func (d *demo) start(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := d.step("starting the container runtime", d.runtime); err != nil {
+		return err
+	}
 	for _, p := range []struct{ what, part string }{
 		{"starting the cloud broker and its bridge", "cloud"},
 		{"starting the pump station", "station"},
 		{"starting the edge node " + edgeNode, "edge"},
 		{"starting the mapper", "mapper"},
 	} {
-		if err := d.step(p.what, func() error { return d.up(ctx, d.parts[p.part]) }); err != nil {
+		part, ok := d.parts[p.part]
+		if !ok {
+			continue // the mapper is a pod, see below
+		}
+		if err := d.step(p.what, func() error { return d.up(ctx, part) }); err != nil {
 			return err
 		}
 	}
 	if err := d.step("creating the device", func() error { return d.objects(ctx) }); err != nil {
 		return err
+	}
+	if d.at.pods {
+		if err := d.step("deploying the mapper as a container", func() error { return d.deploy(ctx) }); err != nil {
+			return err
+		}
 	}
 	d.bus.start(ctx)
 	return d.step("waiting for the first values", func() error {
@@ -348,7 +360,7 @@ func (d *demo) stop() {
 	done()
 	line := "stopped; the data stays in " + d.shown(d.dir) + " for the next run"
 	if d.touched {
-		line += fmt.Sprintf(". In the cluster stay the definitions and policies of fairlead.dev, node %s with its token, device %s, pod and config map dashboard", edgeNode, pump)
+		line += fmt.Sprintf(". In the cluster stay the definitions and policies of fairlead.dev, node %s with its token, device %s, daemon set modbus-mapper, pod and config map dashboard", edgeNode, pump)
 	}
 	d.screen.print(line)
 }

@@ -103,6 +103,9 @@ func (d *demo) order(ctx context.Context, verb, name string, answer chan<- strin
 	}
 	p := d.parts[name]
 	switch {
+	case p == nil && name == "mapper" && d.at.pods:
+		tell(failed + "the mapper is a pod here: " + d.at.dir + "/kubectl delete pod -l app=modbus-mapper ends it, and another one takes its place")
+		return
 	case p == nil || verb != "start" && verb != "stop":
 		tell(failed + fmt.Sprintf("no order %q", verb+" "+name))
 		return
@@ -176,6 +179,7 @@ func (d *demo) status() string {
 	for _, name := range partNames { // the cloud always, the others where there is something to say
 		p := d.parts[name]
 		switch {
+		case p == nil: // the mapper, where it is a pod
 		case !p.since.IsZero():
 			words = append(words, fmt.Sprintf("%s DOWN %.0f s", name, time.Since(p.since).Seconds()))
 		case p.stalled:

@@ -13,6 +13,7 @@ type place struct {
 	edge      int    // port of the edge node's bus
 	cloud     int    // port of the cloud broker's local listener
 	mosquitto bool   // the clients are installed
+	pods      bool   // the edge node runs pods
 }
 
 // thing is something to try: a line to paste into another terminal. The test
@@ -24,6 +25,8 @@ type thing struct {
 	// instead is the line where mosquitto-clients are missing; nil for a line
 	// that needs nothing.
 	instead func(p place) string
+	// pods is a line for a node that runs pods.
+	pods bool
 
 	// For the test: what the output must match, whether the line goes on until
 	// it is interrupted, and whether it must fail.
@@ -71,6 +74,11 @@ var things = []thing{
 		section: "Look", say: "the device, in Kubernetes",
 		line: func(p place) string { return p.dir + "/kubectl get devices" },
 		want: `(?m)^pump-1 +plant-7 +modbus +Online`,
+	},
+	{
+		say: "its mapper, a container on the edge node", pods: true,
+		line: func(p place) string { return p.dir + "/kubectl get pods -o wide" },
+		want: `(?m)^modbus-mapper-\S+ +1/1 +Running +.* plant-7`,
 	},
 	{
 		say:     "everything the edge node knows, on its own bus",
@@ -154,6 +162,9 @@ func list(p place) []string {
 		out = append(out, "mosquitto-clients are missing; the lines below do without. Install them with: sudo apt-get install mosquitto-clients")
 	}
 	for _, t := range things {
+		if t.pods && !p.pods {
+			continue
+		}
 		if t.section != "" {
 			out = append(out, "", t.section)
 		}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -16,10 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// retryAfter is when an import is tried again that failed for a reason that may
+// pass, such as a full disk. Tests change it.
+var retryAfter = 5 * time.Minute
+
 const (
-	// retryAfter is when an import is tried again that failed for a reason that may
-	// pass, such as a full disk.
-	retryAfter = 5 * time.Minute
 	// settle is how long the folder must be quiet: files often come in groups.
 	settle = 200 * time.Millisecond
 	// maxStderr bounds what is kept of what the import says.
@@ -39,17 +41,42 @@ type Result struct {
 type Config struct {
 	Dir string // it is created
 	// Command imports what is new in Dir and prints a Result, as JSON, for each
-	// archive that it has tried.
+	// archive that it has tried: Program with Arguments.
 	Command []string
 	// Done is told of each; calls do not overlap.
 	Done   func(Result)
 	Logger *slog.Logger // the default one where it is nil
 }
 
-// Command is this program's own, of the agent.
-func Command(dir, socket string) []string {
-	// Not its path: that may be a newer version by now.
-	return []string{"/proc/self/exe", "images", "import", "--folder", dir, "--socket", socket, "--output", "json"}
+// Program is the command fairlead-images, which stands beside this one.
+func Program() (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	return program(filepath.Dir(self))
+}
+
+func program(dir string) (string, error) {
+	const name = "fairlead-images"
+	if p := filepath.Join(dir, name); executable(p) {
+		return p, nil
+	}
+	p, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("%s is missing: install it in %s, beside fairlead-edge", name, dir)
+	}
+	return p, nil
+}
+
+func executable(file string) bool {
+	_, err := exec.LookPath(file)
+	return err == nil
+}
+
+// Arguments make Program import what is new in a folder, for Config.Command.
+func Arguments(dir, socket string) []string {
+	return []string{"import", "--folder", dir, "--socket", socket, "--output", "json"}
 }
 
 // suffixes are the names of archives.
