@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,13 +37,14 @@ const (
 // site is a node: a containerd, a broker with a store, and the engine between
 // them, which may be stopped and started.
 type site struct {
-	t      *testing.T
-	rt     *testruntime.Runtime
-	bus    *broker.Broker
-	key    *seal.Key
-	dir    string
-	static string
-	rev    int64
+	t       *testing.T
+	rt      *testruntime.Runtime
+	bus     *broker.Broker
+	key     *seal.Key
+	dir     string
+	static  string
+	settled atomic.Bool
+	rev     int64
 
 	cancel context.CancelFunc
 	ended  chan error
@@ -53,7 +55,12 @@ type site struct {
 
 func newSite(t *testing.T) *site {
 	t.Helper()
-	s := &site{t: t, rt: testruntime.Start(t), dir: t.TempDir(), rev: 1}
+	s := &site{t: t, rt: testruntime.Start(t), rev: 1}
+	s.dir = filepath.Join(s.rt.Dir, "agent") // the runtime takes down what is mounted there
+	if err := os.Mkdir(s.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.settled.Store(true)
 	var err error
 	if s.key, err = seal.NewKey(); err != nil {
 		t.Fatal(err)
@@ -104,7 +111,7 @@ func (s *site) start() {
 	}
 	e, err := pods.New(pods.Config{
 		Node: node, Dir: s.dir, Bus: s.bus, Runtime: s.rt.Socket, Key: s.key, Host: s.host,
-		LogRoot: filepath.Join(s.dir, "logs"), CgroupRoot: s.rt.Cgroup, StaticPods: s.static, Logger: log,
+		LogRoot: filepath.Join(s.dir, "logs"), CgroupRoot: s.rt.Cgroup, StaticPods: s.static, Settled: s.settled.Load, Logger: log,
 	})
 	if err != nil {
 		s.t.Fatal(err)

@@ -58,10 +58,10 @@ func BusyboxFiles() ([]File, error) {
 		return nil, fmt.Errorf("busybox --list: %w", err)
 	}
 	files := []File{
-		{Path: "/bin/"}, {Path: "/dev/"}, {Path: "/etc/"}, {Path: "/proc/"}, {Path: "/root/", Mode: 0o700},
+		{Path: "/bin/"}, {Path: "/dev/"}, {Path: "/etc/"}, {Path: "/proc/"},
 		{Path: "/sys/"}, {Path: "/tmp/", Mode: 0o1777}, {Path: "/var/"},
 		{Path: "/bin/busybox", Body: program},
-		{Path: "/etc/passwd", Mode: 0o644, Body: []byte("root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
+		{Path: "/etc/passwd", Mode: 0o644, Body: []byte("root:x:0:0:root:/:/bin/sh\napp:x:1000:1000:app:/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
 		{Path: "/etc/group", Mode: 0o644, Body: []byte("root:x:0:\napp:x:1000:\nextra:x:2000:app\nnogroup:x:65534:\n")},
 	}
 	for a := range strings.FieldsSeq(string(applets)) {

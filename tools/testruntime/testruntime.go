@@ -386,7 +386,7 @@ func (r *Runtime) ready(ctx context.Context, exited <-chan struct{}) error {
 			continue
 		}
 		for _, c := range s.Status.Conditions {
-			if !c.Status {
+			if !c.Status && (c.Type == runtimeapi.RuntimeReady || c.Type == runtimeapi.NetworkReady) {
 				last = fmt.Errorf("%s: %s: %s", c.Type, c.Reason, c.Message)
 			}
 		}

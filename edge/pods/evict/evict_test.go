@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -33,13 +34,18 @@ type world struct {
 	freed     []string
 	free      func()
 	wake      chan struct{}
+	handover  sync.Mutex
 }
 
 // run starts a manager in the bubble, which the test's end stops.
 func run(t *testing.T, w *world, cfg Config) *world {
 	t.Helper()
 	w.wake = make(chan struct{}, 1)
-	cfg.Observe = func() (Observations, bool, error) { return maps.Clone(w.o), w.dedicated, nil }
+	cfg.Observe = func() (Observations, bool, error) {
+		w.handover.Lock()
+		defer w.handover.Unlock()
+		return maps.Clone(w.o), w.dedicated, nil
+	}
 	cfg.Pods = func() []*corev1.Pod { return slices.Clone(w.pods) }
 	cfg.Usage = func(_ context.Context, ps []*corev1.Pod, what What) map[types.UID]PodUsage {
 		w.asked = append(w.asked, what)
@@ -81,7 +87,13 @@ func run(t *testing.T, w *world, cfg Config) *world {
 	return w
 }
 
-func after(d time.Duration) { time.Sleep(d); synctest.Wait() }
+// after lets time pass. What the test set before, the manager sees after.
+func (w *world) after(d time.Duration) {
+	w.handover.Lock()
+	w.handover.Unlock() //nolint:staticcheck // the edge is the point
+	time.Sleep(d)
+	synctest.Wait()
+}
 
 func (w *world) names() string {
 	var out []string
@@ -136,7 +148,7 @@ func TestHardMemory(t *testing.T) {
 				"hog": {Memory: 200 * mi, Containers: map[string]ContainerUsage{"c": {Memory: 190 * mi}}},
 			},
 		}, Config{Thresholds: thresholds(t, "memory.available=100Mi", "", "", ""), Metrics: reg})
-		after(time.Minute)
+		w.after(time.Minute)
 		if len(w.evicted) != 0 || len(w.asked) != 0 || w.changed != 0 {
 			t.Fatalf("without pressure: evicted %s, measured %v, changed %d", w.names(), w.asked, w.changed)
 		}
@@ -173,11 +185,11 @@ func TestHardMemory(t *testing.T) {
 
 		// The condition stays 5 min after the last time that memory was short.
 		w.o[MemoryAvailable] = Observation{500 * mi, 1000 * mi}
-		after(4*time.Minute + 50*time.Second)
+		w.after(4*time.Minute + 50*time.Second)
 		if c, _ := w.status(corev1.NodeMemoryPressure); c.Status != "True" {
 			t.Errorf("after 4:50: %+v", c)
 		}
-		after(20 * time.Second)
+		w.after(20 * time.Second)
 		c, age := w.status(corev1.NodeMemoryPressure)
 		if c.Status != "False" || c.Reason != "KubeletHasSufficientMemory" || age > 20*time.Second || w.changed != 2 {
 			t.Errorf("after 5:10: %+v, %s old, %d changes", c, age, w.changed)
@@ -194,28 +206,28 @@ func TestSoftThreshold(t *testing.T) {
 		if c, _ := w.status(corev1.NodeMemoryPressure); c.Status != "True" {
 			t.Errorf("pressure is told at once: %+v", c)
 		}
-		after(80 * time.Second)
+		w.after(80 * time.Second)
 		w.o[MemoryAvailable] = Observation{310 * mi, 1000 * mi} // over for a moment: the grace begins anew
-		after(10 * time.Second)
+		w.after(10 * time.Second)
 		w.o[MemoryAvailable] = Observation{200 * mi, 1000 * mi}
-		after(80 * time.Second)
+		w.after(80 * time.Second)
 		if w.names() != "" {
 			t.Fatalf("evicted %s within the grace", w.names())
 		}
-		after(20 * time.Second)
+		w.after(20 * time.Second)
 		if w.names() != "a/20" {
 			t.Fatalf("evicted %q", w.names())
 		}
 		// Above the threshold, but not by the minimum reclaim: it goes on.
 		w.o[MemoryAvailable] = Observation{390 * mi, 1000 * mi}
 		w.pods = []*corev1.Pod{mkpod("b", 0, "")}
-		after(10 * time.Second)
+		w.after(10 * time.Second)
 		if w.names() != "a/20 b/20" {
 			t.Errorf("evicted %q, want b for the minimum reclaim", w.names())
 		}
 		w.o[MemoryAvailable] = Observation{401 * mi, 1000 * mi}
 		w.pods = []*corev1.Pod{mkpod("c", 0, "")}
-		after(time.Minute)
+		w.after(time.Minute)
 		if w.names() != "a/20 b/20" {
 			t.Errorf("evicted %q though enough is free", w.names())
 		}
@@ -286,13 +298,13 @@ func TestOrderOfSignalsAndFailure(t *testing.T) {
 			t.Errorf("measured %v, want memory first", w.asked)
 		}
 		w.fail = nil
-		after(10 * time.Second)
+		w.after(10 * time.Second)
 		if w.names() != "a/1" || !strings.HasPrefix(w.evicted[0].Message, "The node was low on resource: memory. Threshold quantity: 2Mi, available: 1Mi. ") {
 			t.Errorf("evicted %q: %+v", w.names(), w.evicted)
 		}
 		w.o[PodsMemoryAvailable] = Observation{90 * mi, 100 * mi}
 		w.pods = []*corev1.Pod{mkpod("b", 0, "")}
-		after(10 * time.Second)
+		w.after(10 * time.Second)
 		if w.names() != "a/1 b/1" || w.evicted[1].Message != "The node was low on resource: pids. Threshold quantity: 100, available: 1. " {
 			t.Errorf("evicted %q: %+v", w.names(), w.evicted[len(w.evicted)-1])
 		}
@@ -341,18 +353,18 @@ func TestLocalStorageLimits(t *testing.T) {
 		w := run(t, &world{
 			pods: []*corev1.Pod{pod()}, use: map[types.UID]PodUsage{},
 		}, Config{})
-		after(5 * time.Minute)
+		w.after(5 * time.Minute)
 		if len(w.asked) != 0 {
 			t.Errorf("folders were walked %d times for pods without limits", len(w.asked))
 		}
 		w.pods = []*corev1.Pod{emptyDir(mkpod("full", 0, ""), "1Mi", "")}
 		w.use = map[types.UID]PodUsage{"full": {}}
-		after(3 * time.Minute)
+		w.after(3 * time.Minute)
 		if !slices.Equal(w.asked, []What{Disk, Disk, Disk}) || w.names() != "" {
 			t.Errorf("measured %v, evicted %q; want once a minute, nothing", w.asked, w.names())
 		}
 		w.use = map[types.UID]PodUsage{"full": {Volumes: map[string]Files{"v": {Bytes: 2 * mi}}}}
-		after(time.Minute)
+		w.after(time.Minute)
 		if w.names() != "full/1" || w.evicted[0].Condition != nil || w.evicted[0].Reason != "Evicted" {
 			t.Errorf("evicted %+v", w.evicted)
 		}

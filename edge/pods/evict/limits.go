@@ -39,7 +39,7 @@ func limited(p *corev1.Pod) bool {
 
 // limits evicts the pods that exceed limits of local storage, and tells whether
 // there was one.
-func (m *Manager) limits(ctx context.Context, pods []*corev1.Pod, dedicated bool) (any bool) {
+func (m *Manager) limits(ctx context.Context, pods []*corev1.Pod, dedicated bool) (gone bool) {
 	var ps []*corev1.Pod
 	for _, p := range pods {
 		if limited(p) {
@@ -56,10 +56,10 @@ func (m *Manager) limits(ctx context.Context, pods []*corev1.Pod, dedicated bool
 			continue
 		}
 		if kind, message := exceeded(p, u, dedicated); kind != "" {
-			any = m.evict(ctx, kind, Eviction{Pod: p, Message: message, Grace: hardGrace}) || any
+			gone = m.evict(ctx, kind, Eviction{Pod: p, Message: message, Grace: hardGrace}) || gone
 		}
 	}
-	return any
+	return gone
 }
 
 // exceeded says which limit the pod exceeds, if any.

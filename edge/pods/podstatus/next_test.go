@@ -200,6 +200,31 @@ func TestRestartAllContainers(t *testing.T) {
 	if got := done(s.next()); got != "" {
 		t.Errorf("after another exit code: %s", got)
 	}
+	s.exits("b", 0).sandboxEnds()
+	s.in.Stopped = true
+	checkConditions(t, s.look(), map[corev1.PodConditionType]string{corev1.AllContainersRestarting: "False PodFailed"})
+}
+
+func TestAttempt(t *testing.T) {
+	s := newStory(corev1.RestartPolicyAlways, nil, []corev1.Container{container("a")}).sandbox()
+	check := func(what string, want int32) {
+		t.Helper()
+		if got := Attempt(s.in, "a"); got != want {
+			t.Errorf("%s: %d, want %d", what, got, want)
+		}
+	}
+	check("new", 0)
+	s.look()
+	check("waiting", 0)
+	s.runs("a").look()
+	check("running", 1)
+	s.vanishes("a")
+	check("gone since it was reported as running", 1)
+	s.look()
+	check("gone, and reported so", 1)
+	s.runs("a").exits("a", 1).look()
+	s.vanishes("a")
+	check("ended and gone", 2)
 }
 
 func TestRestartOnExit(t *testing.T) {
@@ -222,6 +247,7 @@ func TestRestartOnExit(t *testing.T) {
 		{"rule over never", corev1.RestartPolicyAlways, container("a", rule(corev1.ContainerRestartPolicyNever, restart)), map[int32]bool{0: false, 1: false, 42: true}},
 		{"rule beside on failure", corev1.RestartPolicyNever, container("a", rule(corev1.ContainerRestartPolicyOnFailure, restart)), map[int32]bool{0: false, 1: true, 42: true}},
 		{"rule for the others", corev1.RestartPolicyAlways, container("a", not42), map[int32]bool{0: true, 1: true, 42: false}},
+		{"rule without exit codes does not count", corev1.RestartPolicyNever, container("a", rule(corev1.ContainerRestartPolicyNever, restart), func(c *corev1.Container) { c.RestartPolicyRules[0].ExitCodes = nil }), map[int32]bool{42: false}},
 		{"rule without a policy does not count", corev1.RestartPolicyNever, container("a", not42, func(c *corev1.Container) { c.RestartPolicy = nil }), map[int32]bool{1: false}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"runtime"
 	"slices"
 	"strings"
@@ -324,6 +325,50 @@ func TestEnding(t *testing.T) {
 			t.Error("a stopped container has results")
 		}
 	})
+}
+
+// A pod may be ended before its containers are known here.
+func TestEndingComesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, map[string]answer{"live": code(1)})
+		pod := podWith(corev1.Container{LivenessProbe: exec("live", corev1.Probe{FailureThreshold: 1})})
+		r.Ending(pod.UID)
+		r.Set(pod, "", running("c1"))
+		r.after(30)
+		if got := r.ran("live"); got != nil || r.Failed("c1") != "" {
+			t.Errorf("liveness ran at %v, failed %q", got, r.Failed("c1"))
+		}
+	})
+}
+
+func TestWarning(t *testing.T) {
+	w := serve(t, false, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", "http://localhost:1/")
+		w.WriteHeader(http.StatusFound)
+	})
+	changed, events := make(chan types.UID, 1), make(chan string, 1)
+	p, err := New(Config{
+		Exec:    func(context.Context, string, []string, time.Duration) ([]byte, int, error) { return nil, 0, nil },
+		Changed: func(uid types.UID) { changed <- uid },
+		Event: func(pod *corev1.Pod, container, reason, message string) {
+			events <- pod.Name + " " + container + " " + reason + " " + message
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	probe := &corev1.Probe{PeriodSeconds: 1000, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Port: w.port()}}}
+	p.Set(podWith(corev1.Container{ReadinessProbe: probe}), "127.0.0.1", running("c1"))
+	if got := <-events; got != "web web ProbeWarning Readiness probe warning: Probe terminated redirects, Response body: " {
+		t.Errorf("event %q", got)
+	}
+	if uid := <-changed; uid != "uid-1" {
+		t.Errorf("changed %q", uid)
+	}
+	if ready, _ := p.Ready("c1"); !ready { // a warning is a success
+		t.Error("not ready")
+	}
 }
 
 func TestDeletionEndsLiveness(t *testing.T) {
