@@ -86,7 +86,9 @@ type Config struct {
 	// OnDown is called when the connection ended, with the reason.
 	OnDown func(error)
 
-	// MinBackoff and MaxBackoff bound the jittered wait between attempts;
+	// MinBackoff and MaxBackoff bound the jittered wait between attempts, which is a
+	// tenth of the time without a connection: who was away for a moment is back in a
+	// moment, and a broker that is gone for a day is left in peace;
 	// 1s and 30s by default, or less than 1s where MaxBackoff is.
 	MinBackoff, MaxBackoff time.Duration
 	// ReceiveMaximum bounds the messages that the broker may have in flight
@@ -187,7 +189,7 @@ func New(cfg Config) (*Client, error) {
 // Run connects, and connects again with a jittered back-off whenever the
 // connection ends, until ctx ends; then it disconnects and returns nil.
 func (c *Client) Run(ctx context.Context) error {
-	wait := c.cfg.MinBackoff
+	wait, since := c.cfg.MinBackoff, time.Now()
 	for ctx.Err() == nil {
 		if c.cfg.Hold != nil {
 			if c.cfg.Hold(ctx); ctx.Err() != nil {
@@ -202,8 +204,9 @@ func (c *Client) Run(ctx context.Context) error {
 		// A connection that held longer than the pause before it has earned a new
 		// start: the broker restarted, or something cuts the link now and then.
 		if up && time.Since(began) > wait {
-			wait = c.cfg.MinBackoff
+			since = time.Now()
 		}
+		wait = min(max(time.Since(since)/outageShare, c.cfg.MinBackoff), c.cfg.MaxBackoff)
 		// Half of the wait is random, so that ten thousand nodes do not come
 		// back in step after the cloud did.
 		pause := wait/2 + rand.N(wait/2+1)
@@ -216,10 +219,12 @@ func (c *Client) Run(ctx context.Context) error {
 		case <-ctx.Done():
 		case <-time.After(pause):
 		}
-		wait = min(2*wait, c.cfg.MaxBackoff)
 	}
 	return nil
 }
+
+// outageShare is the part of an outage that the wait between two attempts is.
+const outageShare = 10
 
 // once holds one connection from dial to end. up tells whether it was established.
 func (c *Client) once(ctx context.Context) (up bool, err error) {

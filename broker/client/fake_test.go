@@ -412,12 +412,12 @@ func TestBackoffConfig(t *testing.T) {
 	}
 }
 
-// Attempts come further and further apart, jittered, and close together again
+// The wait between attempts is a tenth of the outage, jittered, and short again
 // after a connection that had been working.
 func TestBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		const outage = 20 * time.Minute
 		var at []time.Time
-		works := false
 		ctx, cancel := context.WithCancel(t.Context())
 		var cl *Client
 		cl = faked(t, Config{OnUp: func(context.Context) {
@@ -426,31 +426,32 @@ func TestBackoff(t *testing.T) {
 				cl.Drop(errors.New("test"))
 			}()
 		}}, func(f *fake) { f.pong(always); f.connack() })
-		dial := cl.dial
+		dial, began, connected := cl.dial, time.Now(), 0
 		cl.dial = func(ctx context.Context) (net.Conn, error) {
 			at = append(at, time.Now())
-			if len(at) == 10 {
-				works = true
+			if time.Since(began) < outage {
+				return nil, errors.New("nobody there")
 			}
-			if len(at) == 12 {
+			if connected++; connected == 2 {
 				cancel()
 				return nil, ctx.Err()
 			}
-			if works {
-				return dial(ctx)
-			}
-			return nil, errors.New("nobody there")
+			return dial(ctx)
 		}
 		if err := cl.Run(ctx); err != nil {
 			t.Error(err)
 		}
-		for i, want := range []time.Duration{1, 2, 4, 8, 16, 30, 30, 30, 30} {
-			want *= time.Second
-			if got := at[i+1].Sub(at[i]); got < want/2 || got > want {
-				t.Errorf("wait %d was %s, want %s to %s", i, got, want/2, want)
+		last := len(at) - 1
+		for i, x := range at[:last-1] {
+			want := min(max(x.Sub(began)/10, time.Second), 30*time.Second)
+			if got := at[i+1].Sub(x); got < want/2 || got > want {
+				t.Errorf("%s into the outage it waited %s, want %s to %s", x.Sub(began), got, want/2, want)
 			}
 		}
-		if got := at[11].Sub(at[10]); got < time.Minute || got > time.Minute+time.Second+goodbye {
+		if n := len(at); n < 60 || n > 200 {
+			t.Errorf("%d attempts in %s", n, outage)
+		}
+		if got := at[last].Sub(at[last-1]); got < time.Minute || got > time.Minute+time.Second+goodbye {
 			t.Errorf("after a connection of a minute: %s", got-time.Minute)
 		}
 	})
