@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
@@ -20,6 +21,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/node"
 	"github.com/fairlead-io/fairlead/edge/pods"
 	"github.com/fairlead-io/fairlead/edge/pods/evict"
+	"github.com/fairlead-io/fairlead/edge/pods/shutdown"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 	"github.com/fairlead-io/fairlead/schemas/payload"
 	"github.com/fairlead-io/fairlead/schemas/seal"
@@ -49,6 +51,15 @@ type Pods struct {
 	// memory.available to 100Mi or nodefs.available to 10%; the stock kubelet's where
 	// it is nil. EvictionSoft are those with a grace period, EvictionSoftGrace.
 	EvictionHard, EvictionSoft, EvictionSoftGrace map[string]string
+	// ShutdownGrace is how long the node's shutdown waits for pods, and
+	// ShutdownGraceCritical the part of it that is kept for critical ones; 0 is not
+	// at all.
+	ShutdownGrace, ShutdownGraceCritical time.Duration
+	// UnsafeSysctls are sysctls, or prefixes that end in *, that pods may set besides
+	// the safe ones.
+	UnsafeSysctls []string
+	// MaxPIDs bounds the processes of one pod; 0 is no bound.
+	MaxPIDs int64
 	// MaxPods is how many pods run at most; 110 where it is 0.
 	MaxPods int
 	// ParallelPulls is how many images are pulled at once; 1 where it is 0.
@@ -104,6 +115,10 @@ func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Reg
 		return nil, err
 	}
 	n.offer = node.Offer{MaxPods: c.MaxPods, Data: cfg.Dir, Reserved: []corev1.ResourceList{reserved}, Devices: n.devices}
+	periods, err := shutdown.Periods(c.ShutdownGrace, c.ShutdownGraceCritical)
+	if err != nil {
+		return nil, err
+	}
 	capacity, _, err := n.offer.Resources()
 	if err != nil {
 		return nil, err
@@ -114,6 +129,7 @@ func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Reg
 		LogRoot: c.Logs, LogLinks: links(c.Logs), CgroupRoot: c.CgroupRoot, StaticPods: c.Static,
 		ClusterDNS: c.ClusterDNS, ClusterDomain: c.ClusterDomain, ParallelPulls: c.ParallelPulls,
 		Host: n.host, Changed: n.tell, Thresholds: thresholds, EvictionGrace: softGrace,
+		Shutdown: periods, Reserved: reserved,
 		Settled: func() bool { return n.whole(l) },
 		Metrics: reg, Logger: log,
 	})
@@ -151,8 +167,10 @@ func (n *podNode) host() spec.Node {
 	}
 	s := spec.Node{
 		CPUs: d.CPUs, Memory: int64(d.MemoryBytes), Allocatable: allocatable, AppArmor: node.AppArmor(), //nolint:gosec // a size
+		UnsafeSysctls: n.cfg.Pods.UnsafeSysctls, PodPIDLimit: n.cfg.Pods.MaxPIDs,
 		SeccompRoot: filepath.Join(n.cfg.Dir, "seccomp"), Devices: map[corev1.ResourceName][]spec.Device{},
 	}
+	s.MaskedPaths, _ = filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle") // its pattern is well formed
 	s.KernelMajor, s.KernelMinor = node.KernelVersion(d.Kernel)
 	for _, h := range node.HugePages() {
 		s.HugePageSizes = append(s.HugePageSizes, h.Size)

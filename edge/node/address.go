@@ -88,12 +88,11 @@ func onHost(ip netip.Addr) bool {
 // address is the first global address of a family: of the interface with the
 // default route, else of any that is up.
 func address(family func(netip.Addr) bool) netip.Addr {
-	route := defaultRoute(family(netip.IPv4Unspecified()))
 	ifs, err := net.Interfaces()
 	if err != nil {
 		return netip.Addr{}
 	}
-	var found netip.Addr
+	var all []ifAddr
 	for _, i := range ifs {
 		if i.Flags&(net.FlagUp|net.FlagLoopback) != net.FlagUp {
 			continue
@@ -103,20 +102,28 @@ func address(family func(netip.Addr) bool) netip.Addr {
 			continue
 		}
 		for _, a := range as {
-			n, ok := a.(*net.IPNet)
-			if !ok || !n.IP.IsGlobalUnicast() {
-				continue
+			if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
+				ip, _ := netip.AddrFromSlice(n.IP)
+				all = append(all, ifAddr{i.Name, ip.Unmap()})
 			}
-			ip, _ := netip.AddrFromSlice(n.IP)
-			if ip = ip.Unmap(); !family(ip) {
-				continue
-			}
-			if i.Name == route {
-				return ip
-			}
-			if !found.IsValid() {
-				found = ip
-			}
+		}
+	}
+	return pick(all, family, defaultRoute(family(netip.IPv4Unspecified())))
+}
+
+type ifAddr struct {
+	name string
+	ip   netip.Addr
+}
+
+func pick(all []ifAddr, family func(netip.Addr) bool, route string) (found netip.Addr) {
+	for _, a := range all {
+		switch {
+		case !family(a.ip):
+		case a.name == route:
+			return a.ip
+		case !found.IsValid():
+			found = a.ip
 		}
 	}
 	return found

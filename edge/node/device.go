@@ -57,9 +57,9 @@ func (d Device) Host() string {
 // settle is how long udev may still be at work after a device node came or went.
 const settle = 200 * time.Millisecond
 
-// WatchDevices calls changed, from one goroutine, whenever one of the devices came,
-// went or became another node, until ctx ends. It costs nothing while nothing
-// happens in the folders of the devices.
+// WatchDevices calls changed, from one goroutine, once it watches, and whenever one
+// of the devices came, went or became another node, until ctx ends. It costs
+// nothing while nothing happens in the folders of the devices.
 func WatchDevices(ctx context.Context, devices []Device, changed func()) error {
 	if len(devices) == 0 {
 		<-ctx.Done()
@@ -84,7 +84,7 @@ func WatchDevices(ctx context.Context, devices []Device, changed func()) error {
 					if err == nil {
 						break
 					}
-					if err != unix.ENOENT && err != unix.ENOTDIR { //nolint:errorlint // an Errno
+					if err != unix.ENOENT && err != unix.ENOTDIR {
 						return fmt.Errorf("watch %s: %w", p, err)
 					}
 				}
@@ -98,7 +98,7 @@ func WatchDevices(ctx context.Context, devices []Device, changed func()) error {
 		}
 		return out
 	}
-	known := look()
+	var known []string
 	buf := make([]byte, 4096)
 	for {
 		if err := watch(); err != nil {
@@ -114,7 +114,7 @@ func WatchDevices(ctx context.Context, devices []Device, changed func()) error {
 			if ctx.Err() != nil {
 				return nil
 			}
-			if err == io.EOF { //nolint:errorlint // io.Reader returns it bare
+			if err == io.EOF {
 				return fmt.Errorf("watch devices: %w", io.ErrUnexpectedEOF)
 			}
 			return fmt.Errorf("watch devices: %w", err)

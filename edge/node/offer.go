@@ -46,9 +46,7 @@ func (o Offer) Resources() (capacity, allocatable corev1.ResourceList, err error
 		size := int64(s.Blocks) * int64(s.Bsize) //nolint:unconvert // an int32 on 32-bit ARM
 		capacity[corev1.ResourceEphemeralStorage] = *resource.NewQuantity(size, resource.DecimalSI)
 	}
-	var huge int64
 	for _, p := range HugePages() {
-		huge += p.Size * p.Count
 		q := resource.NewQuantity(p.Size, resource.BinarySI)
 		capacity[corev1.ResourceName(corev1.ResourceHugePagesPrefix+q.String())] = *resource.NewQuantity(p.Size*p.Count, resource.BinarySI)
 	}
@@ -59,25 +57,34 @@ func (o Offer) Resources() (capacity, allocatable corev1.ResourceList, err error
 		}
 		capacity[d.Resource()] = q // 0 too: the resource is known, but not there
 	}
-	allocatable = capacity.DeepCopy()
+	return capacity, allocate(capacity, o.Reserved), err
+}
+
+// allocate takes what is reserved off the capacity.
+func allocate(capacity corev1.ResourceList, reserved []corev1.ResourceList) corev1.ResourceList {
+	out := capacity.DeepCopy()
 	take := func(name corev1.ResourceName, q resource.Quantity) {
-		a, ok := allocatable[name]
+		a, ok := out[name]
 		if !ok {
 			return
 		}
 		if a.Sub(q); a.Sign() < 0 {
 			a.Set(0)
 		}
-		allocatable[name] = a
+		out[name] = a
 	}
-	for _, r := range o.Reserved {
+	for _, r := range reserved {
 		for name, q := range r {
 			take(name, q)
 		}
 	}
-	// Memory that is set aside as huge pages is no other memory.
-	take(corev1.ResourceMemory, *resource.NewQuantity(huge, resource.BinarySI))
-	return capacity, allocatable, err
+	for name, q := range capacity {
+		// Memory that is set aside as huge pages is no other memory.
+		if strings.HasPrefix(string(name), corev1.ResourceHugePagesPrefix) {
+			take(corev1.ResourceMemory, q)
+		}
+	}
+	return out
 }
 
 // HugePage is one size of huge pages.

@@ -52,7 +52,7 @@ func (e *Engine) admit(p *pod, pod *corev1.Pod) {
 	e.events.Event(podRef(pod), corev1.EventTypeWarning, r.Reason, r.Message)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.mu.ending = &ending{Failure: podstatus.Failure{Reason: r.Reason, Message: "Pod was rejected: " + r.Message}, rejected: true}
+	p.mu.ending = &ending{Failure: podstatus.Failure{Reason: r.Reason, Message: "Pod was rejected: " + r.Message, Rejected: true}, rejected: true}
 }
 
 // makeWay ends pods in whose place a critical one runs.
@@ -171,6 +171,8 @@ func (e *Engine) desiredImages() []string {
 
 // gone tells whether nobody wants a pod: only then what is left of it may go.
 func (e *Engine) gone(uid types.UID) bool { return e.settled() && e.lookup(uid) == nil }
+
+func (e *Engine) initLogs() { e.mu.logs = map[string]string{} }
 
 // watchLogs notes whose logs are written.
 func (e *Engine) watchLogs(p *pod, s *seen) {

@@ -27,6 +27,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/pods/image"
 	"github.com/fairlead-io/fairlead/edge/pods/logs"
 	"github.com/fairlead-io/fairlead/edge/pods/probe"
+	"github.com/fairlead-io/fairlead/edge/pods/shutdown"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 	"github.com/fairlead-io/fairlead/edge/pods/volume"
 	"github.com/fairlead-io/fairlead/schemas/payload"
@@ -69,6 +70,11 @@ type Config struct {
 	// seconds, of pods that go by a soft one.
 	Thresholds    []evict.Threshold
 	EvictionGrace int64
+	// Shutdown are the periods of the node's graceful shutdown; none is none.
+	Shutdown []shutdown.Period
+	// Reserved is kept from pods for the system and the agent, without what eviction
+	// keeps free.
+	Reserved corev1.ResourceList
 	// Changed is told when State gives something else; nil for nobody. It must not block.
 	Changed func()
 	// Settled tells whether the bus has the whole desired state: before, nothing is
@@ -81,26 +87,29 @@ type Config struct {
 
 // Engine runs the pods of a node.
 type Engine struct {
-	cfg     Config
-	log     *slog.Logger
-	bus     Bus
-	in      *inbox
-	out     *outbox
-	cri     *cri.Client
-	objects *objects
-	volumes *volume.Volumes
-	probes  *probe.Prober
-	images  *image.Images
-	logs    *logs.Rotator
-	gc      *gc.Collector
-	events  *events.Recorder
-	tree    *cgroup.Tree
-	gate    *gate
-	host    *evict.Host
-	evictor *evict.Manager
-	metrics *metrics
+	cfg      Config
+	log      *slog.Logger
+	bus      Bus
+	in       *inbox
+	out      *outbox
+	cri      *cri.Client
+	objects  *objects
+	volumes  *volume.Volumes
+	probes   *probe.Prober
+	images   *image.Images
+	logs     *logs.Rotator
+	gc       *gc.Collector
+	events   *events.Recorder
+	tree     *cgroup.Tree
+	gate     *gate
+	host     *evict.Host
+	evictor  *evict.Manager
+	shutdown *shutdown.Manager
+	halting  atomic.Bool // the node goes down
+	metrics  *metrics
 
 	driver      string // of the cgroups
+	limits      cgroup.Limits
 	node        atomic.Pointer[spec.Node]
 	runtimeErr  atomic.Pointer[error]
 	state       atomic.Pointer[State]
@@ -144,7 +153,8 @@ func New(cfg Config) (*Engine, error) {
 		relistNow: make(chan struct{}, 1), gate: newGate(2 * runtime.NumCPU()),
 	}
 	e.mu.pods, e.mu.desired = map[types.UID]*pod{}, map[string]*pod{}
-	e.mu.ids, e.mu.logs = map[string]types.UID{}, map[string]string{}
+	e.mu.ids = map[string]types.UID{}
+	e.initLogs()
 	var err error
 	if e.metrics, err = newMetrics(cfg.Metrics, e); err != nil {
 		return nil, err

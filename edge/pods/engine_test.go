@@ -21,6 +21,7 @@ import (
 
 	"github.com/fairlead-io/fairlead/broker"
 	"github.com/fairlead-io/fairlead/edge/pods"
+	"github.com/fairlead-io/fairlead/edge/pods/shutdown"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 	"github.com/fairlead-io/fairlead/schemas/access"
 	"github.com/fairlead-io/fairlead/schemas/payload"
@@ -45,7 +46,9 @@ type site struct {
 	static  string
 	settled atomic.Bool
 	rev     int64
+	engine  *pods.Engine // the one that runs, or ran last
 
+	engine *pods.Engine
 	cancel context.CancelFunc
 	ended  chan error
 
@@ -112,10 +115,13 @@ func (s *site) start() {
 	e, err := pods.New(pods.Config{
 		Node: node, Dir: s.dir, Bus: s.bus, Runtime: s.rt.Socket, Key: s.key, Host: s.host,
 		LogRoot: filepath.Join(s.dir, "logs"), CgroupRoot: s.rt.Cgroup, StaticPods: s.static, Settled: s.settled.Load, Logger: log,
+		Shutdown: []shutdown.Period{{Priority: 0, Grace: 20 * time.Second}, {Priority: 2_000_000_000, Grace: 10 * time.Second}},
 	})
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	s.engine = e
+	s.engine = e
 	var ctx context.Context
 	ctx, s.cancel = context.WithCancel(context.Background())
 	s.ended = make(chan error, 1)

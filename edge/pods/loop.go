@@ -54,6 +54,7 @@ func (e *Engine) loop(ctx context.Context) error {
 	wg.Go(func() { e.logs.Run(ctx) })
 	wg.Go(func() { e.images.Run(ctx) })
 	wg.Go(func() { e.evictor.Run(ctx) })
+	wg.Go(func() { e.shutdown.Run(ctx) })
 	defer e.host.Close()
 	for {
 		select {

@@ -8,11 +8,13 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	resourcehelper "k8s.io/component-helpers/resource"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/fairlead-io/fairlead/edge/pods/cgroup"
 	"github.com/fairlead-io/fairlead/edge/pods/cri"
 	"github.com/fairlead-io/fairlead/edge/pods/events"
+	"github.com/fairlead-io/fairlead/edge/pods/evict"
 	"github.com/fairlead-io/fairlead/edge/pods/gc"
 	"github.com/fairlead-io/fairlead/edge/pods/image"
 	"github.com/fairlead-io/fairlead/edge/pods/logs"
@@ -85,10 +87,10 @@ func (e *Engine) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	n.CgroupVersion = e.tree.Version()
+	n.CgroupVersion, n.Swap = e.tree.Version(), e.tree.Swap()
 	e.node.Store(&n)
-	a := n.Allocatable
-	err = e.tree.Setup(ctx, cgroup.Limits{MilliCPU: a.Cpu().MilliValue(), Memory: a.Memory().Value()})
+	e.limits = e.podsLimits(&n)
+	err = e.tree.Setup(ctx, e.limits)
 	if errors.Is(err, cgroup.ErrLimits) {
 		e.nodeEvent(corev1.EventTypeWarning, "FailedNodeAllocatableEnforcement", err.Error())
 		err = nil
@@ -96,9 +98,35 @@ func (e *Engine) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cgroups: %w", err)
 	}
-	e.evictor = e.watchPressure()
+	e.evictor, e.shutdown = e.watchPressure(), e.watchShutdown()
 	e.log.Info("pods", "runtime", v.RuntimeName+"://"+v.RuntimeVersion, "cgroups", e.tree.Version(), "driver", driver)
 	return nil
+}
+
+// podsLimits bound all pods together: what the node has less what is reserved. What
+// eviction keeps free is not taken off: it is to act before the kernel does.
+func (e *Engine) podsLimits(n *spec.Node) cgroup.Limits {
+	r := e.cfg.Reserved
+	pids := r["pid"]
+	return cgroup.Limits{
+		MilliCPU: int64(n.CPUs)*1000 - r.Cpu().MilliValue(),
+		Memory:   n.Memory - r.Memory().Value(),
+		PIDs:     max(0, evict.MaxPIDs()-pids.Value()),
+	}
+}
+
+// shareBurstable gives the class of burstable pods the share of what they request.
+func (e *Engine) shareBurstable(ctx context.Context) {
+	var cpu int64
+	for _, p := range e.Active() {
+		if spec.QOS(p) == corev1.PodQOSBurstable {
+			r := resourcehelper.PodRequests(p, resourcehelper.PodResourcesOptions{})
+			cpu += r.Cpu().MilliValue()
+		}
+	}
+	if err := e.tree.SetBurstable(ctx, cpu); err != nil && ctx.Err() == nil {
+		e.log.Warn("the share of burstable pods could not be set", "error", err)
+	}
 }
 
 // fill adds what the engine and the runtime know to the facts of the host.
@@ -108,7 +136,7 @@ func (e *Engine) fill(n *spec.Node, v *runtimeapi.VersionResponse, st *runtimeap
 	n.ClusterDNS, n.ClusterDomain = e.cfg.ClusterDNS, e.cfg.ClusterDomain
 	if v == nil {
 		if old := e.node.Load(); old != nil {
-			n.Runtime, n.CgroupVersion = old.Runtime, old.CgroupVersion
+			n.Runtime, n.CgroupVersion, n.Swap = old.Runtime, old.CgroupVersion, old.Swap
 		}
 		return
 	}
@@ -187,6 +215,7 @@ func (e *Engine) recursiveReadOnly(pod *corev1.Pod) bool {
 // ensureCgroup makes the pod's cgroup.
 func (e *Engine) ensureCgroup(ctx context.Context, pod *corev1.Pod) error {
 	n := e.node.Load()
+	e.shareBurstable(ctx)
 	return e.tree.EnsurePod(ctx, pod.UID, spec.QOS(pod), spec.PodResources(pod, n))
 }
 

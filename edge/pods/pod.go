@@ -41,7 +41,12 @@ type pod struct {
 		// ending is why the pod has to end although it is wanted; it never goes away.
 		ending *ending
 
-		over           bool // it has ended: the last report says so
+		over bool // it has ended: the last report says so
+		// halt is the grace, in seconds, with which it has to stand still while the
+		// node goes down; nil is not at all. halted is once it does.
+		halt   *int64
+		halted bool
+
 		dirty, working bool
 		refresh        bool               // see pod.refresh
 		interrupt      context.CancelFunc // of what the worker does now
@@ -82,12 +87,13 @@ type want struct {
 	gates    map[string]string
 	wanted   bool
 	ending   *ending
+	halt     *int64
 }
 
 func (p *pod) want() want {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return want{p.mu.spec, p.mu.rev, p.mu.services, maps.Clone(p.mu.gates), p.mu.wanted, p.mu.ending}
+	return want{p.mu.spec, p.mu.rev, p.mu.services, maps.Clone(p.mu.gates), p.mu.wanted, p.mu.ending, p.mu.halt}
 }
 
 // deleting tells that the pod goes away: nobody starts anything of it any more.
@@ -105,6 +111,9 @@ func (w *want) grace() int64 {
 	if w.ending != nil && w.ending.grace != nil {
 		g = min(g, *w.ending.grace)
 	}
+	if w.halt != nil {
+		g = min(g, *w.halt)
+	}
 	return max(g, 0)
 }
 
@@ -113,10 +122,10 @@ func (w *want) grace() int64 {
 func (p *pod) update(change func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	before := want{pod: p.mu.spec, wanted: p.mu.wanted, ending: p.mu.ending}
+	before := want{pod: p.mu.spec, wanted: p.mu.wanted, ending: p.mu.ending, halt: p.mu.halt}
 	change()
-	after := want{pod: p.mu.spec, wanted: p.mu.wanted, ending: p.mu.ending}
-	ends := func(w *want) bool { return w.deleting() || w.ending != nil }
+	after := want{pod: p.mu.spec, wanted: p.mu.wanted, ending: p.mu.ending, halt: p.mu.halt}
+	ends := func(w *want) bool { return w.deleting() || w.ending != nil || w.halt != nil }
 	if ends(&after) && (!ends(&before) || after.grace() < before.grace()) && p.mu.interrupt != nil {
 		p.mu.interrupt()
 	}

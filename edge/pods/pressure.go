@@ -4,6 +4,7 @@ import (
 	"context"
 	"path/filepath"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -18,7 +19,7 @@ import (
 func (e *Engine) watchPressure() *evict.Manager {
 	n := e.node.Load()
 	e.host = &evict.Host{
-		Tree: e.tree, MemoryCapacity: n.Memory, PodsMemory: n.Allocatable.Memory().Value(),
+		Tree: e.tree, MemoryCapacity: n.Memory, PodsMemory: e.limits.Memory,
 		NodeFS: e.cfg.Dir, ImageFS: e.imageFS, Thresholds: e.cfg.Thresholds, Log: e.log,
 	}
 	return evict.New(evict.Config{
@@ -47,7 +48,9 @@ func (e *Engine) imageFS() string {
 	if s := e.imageFolder.Load(); s != nil {
 		return *s
 	}
-	r, err := e.cri.ImageFsInfo(e.ctx)
+	ctx, cancel := context.WithTimeout(e.ctx, 5*time.Second)
+	defer cancel()
+	r, err := e.cri.ImageFsInfo(ctx)
 	if err != nil || len(r.GetImageFilesystems()) == 0 {
 		return ""
 	}
@@ -103,9 +106,7 @@ func (e *Engine) usage(ctx context.Context, pods []*corev1.Pod, what evict.What)
 			e.log.Warn("what volumes use is not known", "uid", uid, "error", err)
 		}
 		for name, v := range vols {
-			if !v.Memory {
-				u.Volumes[name] = evict.Files{Bytes: v.Bytes, Inodes: v.Inodes}
-			}
+			u.Volumes[name] = evict.Files{Bytes: v.Bytes, Inodes: v.Inodes}
 		}
 		logs := spec.LogDirectory(byUID[uid], n)
 		for name, c := range u.Containers {

@@ -53,6 +53,11 @@ func (p *pod) sandbox(ctx context.Context, w *want, s *seen, a *podstatus.Action
 		}
 		cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions = r.users
 	}
+	if _, notes := spec.DNS(pod, n); len(notes) > 0 {
+		for _, x := range notes {
+			p.event(podRef(pod), corev1.EventTypeWarning, x.Reason, x.Message)
+		}
+	}
 	if err := p.e.ensureLogs(cfg.LogDirectory); err != nil {
 		return nil, err
 	}

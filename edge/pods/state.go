@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -26,6 +27,9 @@ type State struct {
 func (e *Engine) State() State {
 	if s := e.state.Load(); s != nil {
 		out := *s
+		if e.halting.Load() {
+			out.Problems = append(slices.Clone(out.Problems), node.ErrShutdown)
+		}
 		if e.evictor != nil { // made before the first state
 			out.Pressure = e.evictor.Conditions()
 		}

@@ -219,3 +219,33 @@ func TestReplaced(t *testing.T) {
 		t.Errorf("the report is of %s", r.UID)
 	}
 }
+
+// TestShutdown: the node goes down in order, without the cloud, and what is always
+// restarted is back after the boot.
+func TestShutdown(t *testing.T) {
+	s := newSite(t)
+	always := pod(t, manifest("always", forever, "", ""))
+	never := pod(t, manifest("never", forever, "", "restartPolicy: Never"))
+	s.apply(always)
+	s.apply(never)
+	s.until(always, "running", running)
+	s.until(never, "running", running)
+	s.engine.Terminate(t.Context())
+	c := s.runtime()
+	l, err := c.ListPodSandbox(t.Context(), &runtimeapi.PodSandboxFilter{State: &runtimeapi.PodSandboxStateValue{State: runtimeapi.PodSandboxState_SANDBOX_READY}})
+	if err != nil || len(l) != 0 {
+		t.Errorf("%d sandboxes still run, %v", len(l), err)
+	}
+	if _, st, _ := s.report(never); st.Phase != corev1.PodFailed || st.Reason != "Terminated" {
+		t.Errorf("never: %s %s", st.Phase, st.Reason)
+	}
+	if _, st, _ := s.report(always); st.Phase != corev1.PodRunning {
+		t.Errorf("always: %s %s: nobody would start it again without the cloud", st.Phase, st.Reason)
+	}
+	late := pod(t, manifest("late", forever, "", ""))
+	s.apply(late)
+	s.stop()
+	s.start()
+	s.until(always, "running again", func(st *corev1.PodStatus) bool { return running(st) && st.ContainerStatuses[0].RestartCount == 1 })
+	s.until(late, "running", running)
+}

@@ -61,6 +61,9 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 	if w.deleting() || w.ending != nil || terminal {
 		return next, p.finish(ctx, &w, s, status)
 	}
+	if w.halt != nil || p.e.halting.Load() && !alive(s) {
+		return next, p.stand(ctx, &w, s)
+	}
 	p.report(&w, status, false)
 	if d := podstatus.Deadline(w.pod, &status); !d.IsZero() {
 		next = d

@@ -16,6 +16,7 @@ import (
 
 	"github.com/fairlead-io/fairlead/edge"
 	"github.com/fairlead-io/fairlead/edge/node"
+	"github.com/fairlead-io/fairlead/edge/pods/archive/folder"
 )
 
 var version = "devel" // set by the linker
@@ -25,6 +26,7 @@ the link to the cloud and the twins of the node's devices.
 
 Usage:
   fairlead-edge run --node NAME --data DIR [--mqtt ADDR]… [--cloud URL --token-file FILE]
+  fairlead-edge images import|export|list …   (see fairlead-edge images --help)
   fairlead-edge version
 
 Flags of run:
@@ -38,6 +40,9 @@ func main() {
 }
 
 func run(args []string, out io.Writer) error {
+	if len(args) > 0 && args[0] == "images" {
+		return images(args)
+	}
 	var cfg edge.Config
 	var level string
 	fs := pflag.NewFlagSet("fairlead-edge", pflag.ContinueOnError)
@@ -66,6 +71,10 @@ func run(args []string, out io.Writer) error {
 	fs.StringToStringVar(&cfg.Pods.EvictionHard, "eviction-hard", nil, "thresholds below which pods are evicted at once (default the stock kubelet's), such as memory.available=100Mi,nodefs.available=10%")
 	fs.StringToStringVar(&cfg.Pods.EvictionSoft, "eviction-soft", nil, "thresholds below which pods are evicted after a time, see --eviction-soft-grace")
 	fs.StringToStringVar(&cfg.Pods.EvictionSoftGrace, "eviction-soft-grace", nil, "how long a soft threshold may be met, such as memory.available=90s")
+	fs.DurationVar(&cfg.Pods.ShutdownGrace, "shutdown-grace", 0, "how long the machine's shutdown waits for pods to end in order, by logind; 0 is not at all")
+	fs.DurationVar(&cfg.Pods.ShutdownGraceCritical, "shutdown-grace-critical", 0, "the part of --shutdown-grace that is kept for critical pods")
+	fs.StringSliceVar(&cfg.Pods.UnsafeSysctls, "allowed-unsafe-sysctls", nil, "sysctls, or prefixes that end in *, that pods may set besides the safe ones")
+	fs.Int64Var(&cfg.Pods.MaxPIDs, "pod-max-pids", 0, "processes that one pod may have; 0 is no bound")
 	fs.IntVar(&cfg.Pods.MaxPods, "max-pods", node.DefaultMaxPods, "pods that the node runs")
 	fs.IntVar(&cfg.Pods.ParallelPulls, "parallel-pulls", 1, "images that are pulled at once")
 	fs.StringArrayVar(&cfg.Origins, "allow-origin", nil, "browser origin that may use a WebSocket listener; may be repeated")
@@ -84,7 +93,7 @@ func run(args []string, out io.Writer) error {
 		return nil
 	case fs.NArg() != 1 || fs.Arg(0) != "run":
 		fs.Usage()
-		return fmt.Errorf("want the command run or version, got %q", fs.Args())
+		return fmt.Errorf("want the command run, images or version, got %q", fs.Args())
 	}
 	var lv slog.Level
 	if err := lv.UnmarshalText([]byte(level)); err != nil {
@@ -100,4 +109,13 @@ func run(args []string, out io.Writer) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	return edge.Run(ctx, cfg)
+}
+
+// images becomes the command fairlead-images.
+func images(args []string) error {
+	program, err := folder.Program()
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("%s: %w", program, syscall.Exec(program, args, os.Environ()))
 }

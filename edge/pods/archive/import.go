@@ -162,7 +162,7 @@ type source struct {
 
 func (s *source) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
-	if err != nil && err != io.EOF { //nolint:errorlint // io.Reader gives it bare
+	if err != nil && err != io.EOF {
 		s.err = err
 	}
 	return n, err
@@ -173,9 +173,9 @@ func decompress(r io.Reader) (_ io.Reader, done func(), err error) {
 	b := bufio.NewReaderSize(r, 64<<10)
 	head, err := b.Peek(4)
 	switch {
-	case len(head) == 0 && err == io.EOF: //nolint:errorlint // bufio gives it bare
+	case len(head) == 0 && err == io.EOF:
 		return nil, nil, bad("the file is empty")
-	case err != nil && err != io.EOF: //nolint:errorlint // as above
+	case err != nil && err != io.EOF:
 		return nil, nil, err
 	case strings.HasPrefix(string(head), "\x1f\x8b"):
 		z, err := gzip.NewReader(b)

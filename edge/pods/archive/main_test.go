@@ -91,7 +91,7 @@ func (s *site) clean() string {
 func (s *site) ctr(args string) string {
 	s.t.Helper()
 	all := append([]string{"--address", strings.TrimPrefix(s.rt.Socket, "unix://"), "--namespace", "k8s.io"}, strings.Fields(args)...)
-	out, err := exec.Command("ctr", all...).CombinedOutput()
+	out, err := exec.Command("ctr", all...).Output()
 	if err != nil {
 		s.t.Fatalf("ctr %s: %v: %s", all, err, out)
 	}

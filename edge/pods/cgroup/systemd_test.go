@@ -68,9 +68,8 @@ func (f *fakeSystemd) Subscribe() *dbus.Error { return nil }
 func (f *fakeSystemd) job(unit string) (dbus.ObjectPath, *dbus.Error) {
 	f.jobs++
 	path := dbus.ObjectPath(fmt.Sprintf("/org/freedesktop/systemd1/job/%d", f.jobs))
-	end := func() {
-		_ = f.conn.Emit(systemdPath, systemdIface+"JobRemoved", uint32(f.jobs), path, unit, f.result)
-	}
+	id, result := uint32(f.jobs), f.result
+	end := func() { _ = f.conn.Emit(systemdPath, systemdIface+"JobRemoved", id, path, unit, result) }
 	if f.jobs%2 == 0 {
 		end()
 	} else {
@@ -164,6 +163,7 @@ func TestSystemd(t *testing.T) {
 		"start replace " + esc + ".slice", "start replace " + esc + "-kubepods.slice", "start replace " + esc + "-kubepods-burstable.slice",
 		"start replace " + esc + "-kubepods-besteffort.slice", "start replace " + pod,
 	}
+	f.Lock()
 	if !slices.Equal(f.calls, want) {
 		t.Errorf("systemd was asked\n%s\nwant\n%s", strings.Join(f.calls, "\n"), strings.Join(want, "\n"))
 	}
@@ -175,6 +175,7 @@ func TestSystemd(t *testing.T) {
 			t.Errorf("%s of the pod: %v, want %v", k, got, v)
 		}
 	}
+	f.Unlock()
 	if got := read(t, tree, "cpu", tree.pod(uid, corev1.PodQOSBurstable), "cpu.cfs_quota_us"); got != "12345" {
 		t.Errorf("quota in the kernel: %s", got)
 	}
@@ -188,19 +189,35 @@ func TestSystemd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = again.Close() }()
-	if err := setup(again); err != nil || len(f.calls) != len(want) {
-		t.Errorf("again: %v; systemd was asked %v", err, f.calls)
+	if err := setup(again); err != nil {
+		t.Errorf("again: %v", err)
 	}
+	f.Lock()
+	if len(f.calls) != len(want) {
+		t.Errorf("again, systemd was asked %v", f.calls)
+	}
+	f.Unlock()
 	for range 2 {
 		if err := again.RemovePod(ctx, uid); err != nil {
 			t.Fatal(err)
 		}
 	}
+	f.Lock()
 	if f.units[pod] != nil {
 		t.Error("the pod's slice is left")
 	}
+	f.Unlock()
 	if found, err := again.Pods(); err != nil || len(found) != 0 {
 		t.Errorf("found %v, %v", found, err)
+	}
+
+	// A cgroup that systemd knows nothing of, as after a kill -9.
+	dir, _ := tree.dir("memory", tree.pod("56cd", corev1.PodQOSBestEffort))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := again.RemovePod(ctx, "56cd"); err != nil || exists(dir) {
+		t.Errorf("a cgroup without a slice: %v", err)
 	}
 
 	f.Lock()

@@ -219,6 +219,9 @@ func TestValuesReachTheKernel(t *testing.T) {
 			t.Errorf("%s of %v: %s, want %s", w.file, w.n, got, w.want)
 		}
 	}
+	if _, err := os.Stat("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"); tree.Swap() != (err == nil) {
+		t.Errorf("swap is accounted: %v", tree.Swap())
+	}
 	found, err := tree.Pods()
 	if err != nil {
 		t.Fatal(err)

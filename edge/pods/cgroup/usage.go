@@ -143,3 +143,16 @@ func (t *Tree) MemoryFolders() (host, pods string) {
 	pods, _ = t.dir("memory", t.kubepods())
 	return h.mount, pods
 }
+
+// Swap tells whether the kernel accounts swap to cgroups, so that containers can be
+// kept from it. On version 2 it is known once Setup is done.
+func (t *Tree) Swap() bool {
+	h := t.at("memory")
+	if h == nil {
+		return false
+	}
+	if t.version == 1 {
+		return exists(filepath.Join(h.mount, "memory.memsw.limit_in_bytes"))
+	}
+	return exists(filepath.Join(h.mount, t.Path(), "memory.swap.max"))
+}

@@ -58,7 +58,6 @@ func Dial(endpoint string, log *slog.Logger) (*Client, error) {
 			MinConnectTimeout: 5 * time.Second,
 		}),
 		grpc.WithDisableServiceConfig(),
-		grpc.WithSharedWriteBuffer(true), // none is held while nothing is said
 		grpc.WithReadBufferSize(8<<10),
 	)
 	if err != nil {

@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -91,7 +92,13 @@ func (c *Client) ExecSync(ctx context.Context, id string, command []string, limi
 		ctx, cancel = context.WithTimeout(ctx, timeout+limit)
 		defer cancel()
 	}
-	return c.rt.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: command, Timeout: seconds(limit)})
+	r, err := c.rt.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: command, Timeout: seconds(limit)})
+	if end, ok := ctx.Deadline(); err != nil && ok && !time.Now().Before(end) && !IsDeadline(err) {
+		// The runtime knows of the deadline too, and its answer about that, without
+		// a code, may win the race.
+		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
+	}
+	return r, err
 }
 
 // ReopenContainerLog makes the runtime write to a new file at the container's log

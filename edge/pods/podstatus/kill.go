@@ -6,8 +6,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// minimumGrace is the least time, in seconds, that a container gets to end.
-const minimumGrace = 2
+// MinimumGrace is the least time, in seconds, that StopContainer is given.
+const MinimumGrace int64 = 2
 
 // Grace is the time, in seconds, that a container gets to end, from the preStop
 // hook to SIGKILL. The engine takes off what the hook used, and keeps at least
@@ -18,7 +18,7 @@ func Grace(pod *corev1.Pod, c *corev1.Container, reason KillReason) int64 {
 	}
 	g := pod.Spec.TerminationGracePeriodSeconds
 	if g == nil {
-		return minimumGrace
+		return MinimumGrace
 	}
 	var p *corev1.Probe
 	switch {
@@ -33,9 +33,6 @@ func Grace(pod *corev1.Pod, c *corev1.Container, reason KillReason) int64 {
 	}
 	return *g
 }
-
-// MinimumGrace is the least grace, in seconds, that StopContainer is asked for.
-const MinimumGrace int64 = minimumGrace
 
 // KillAfter says, for each of the running containers (by name), which other
 // running ones have to be gone before it gets its signal: sidecars go after all

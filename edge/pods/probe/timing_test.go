@@ -218,6 +218,9 @@ func TestLivenessFailsOncePerContainer(t *testing.T) {
 		if r.Live("c1") != Success || r.Failed("c1") != "" {
 			t.Error("failed before its threshold")
 		}
+		if ready, known := r.Ready("c1"); !ready || !known { // it has no readiness probe
+			t.Error("not ready")
+		}
 		r.after(60)
 		if got := r.ran("live"); !slices.Equal(got, []int{10, 20}) {
 			t.Errorf("ran at %v: it goes on after it has failed", got)
@@ -323,6 +326,30 @@ func TestEnding(t *testing.T) {
 		}
 		if _, known := r.Ready("c1"); known {
 			t.Error("a stopped container has results")
+		}
+	})
+}
+
+func TestSetAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, map[string]answer{"live": code(0)})
+		pod := podWith(corev1.Container{LivenessProbe: exec("live", corev1.Probe{})})
+		now := running("c1")
+		r.Set(pod, "", now)
+		r.after(5)
+		r.Set(pod, "10.0.0.7", now) // the same container, and the pod's address is known now
+		r.after(25)
+		if got := r.ran("live"); !slices.Equal(got, []int{10, 20}) {
+			t.Errorf("ran at %v", got)
+		}
+		if ip := r.Prober.mu.byID["c1"].ip; ip != "10.0.0.7" {
+			t.Errorf("asks %q", ip)
+		}
+		r.Close()
+		r.Set(pod, "", running("c2"))
+		r.after(60)
+		if got := r.ran("live"); len(got) != 2 {
+			t.Errorf("closed, it ran at %v", got)
 		}
 	})
 }

@@ -32,7 +32,7 @@ func newWorker(p *Prober, t *target, k Kind, s *corev1.Probe, started bool) *wor
 	switch k {
 	case Startup:
 		if started {
-			w.result, w.hold = Success, true
+			w.result = Success
 		}
 	case Readiness:
 		if !started {

@@ -96,7 +96,8 @@ type stock struct {
 // Every pod of testdata/pods/*.yaml comes out as the stock kubelet 1.37.2 has it. The
 // .json files are its own answers: its functions were called with the same pod
 // (with the API server's defaults, which the file also has) and the facts of
-// testNode, once with cgroup v1 and once with v2 and the systemd driver.
+// testNode, once with cgroup v1 and once with v2 and the systemd driver. They are
+// written by testdata/stock/generate.sh.
 func TestStock(t *testing.T) {
 	files, err := filepath.Glob("testdata/pods/*.yaml")
 	if err != nil || len(files) == 0 {
@@ -144,7 +145,6 @@ func compareStock(t *testing.T, cgroup int, pod *corev1.Pod, have objects, servi
 		diff("sandbox", asJSON(t, sandbox), want.Sandbox)
 	}
 
-	// Another order of the container's groups is the same set.
 	got := map[string]any{}
 	for c := range containers(pod, allContainers) {
 		got[c.Name] = containerLikeStock(t, pod, c, node, have, services)

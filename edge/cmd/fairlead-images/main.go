@@ -1,3 +1,6 @@
+// Command fairlead-images moves images between files and containerd. It is what
+// `fairlead-edge images` runs, and stands beside it: containerd's client in the
+// agent would cost it 4.5 MB of memory (see edge/pods/archive).
 package main
 
 import (
@@ -22,7 +25,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/pods/archive/folder"
 )
 
-const imagesUsage = `fairlead-edge images moves images between files and this node's containerd, for
+const usage = `fairlead-edge images moves images between files and this node's containerd, for
 sites without a registry.
 
 Usage:
@@ -37,15 +40,21 @@ with gzip or zstd; - is the standard input or output.
 Flags:
 `
 
-// imagesFlags are the flags of the command images.
-type imagesFlags struct {
+// command is a command line.
+type command struct {
 	socket, name, folder, file, output string
 	pin                                bool
 }
 
-// images is the command of that name.
-func images(args []string, in io.Reader, out io.Writer) error {
-	var f imagesFlags
+func main() {
+	if err := run(os.Args[1:], os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "fairlead-edge images:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string, in io.Reader, out io.Writer) error {
+	var f command
 	fs := pflag.NewFlagSet("fairlead-edge images", pflag.ContinueOnError)
 	fs.StringVar(&f.socket, "socket", "unix:///run/containerd/containerd.sock", "containerd's socket")
 	fs.StringVarP(&f.file, "file", "o", "", "export: the archive to write")
@@ -53,7 +62,7 @@ func images(args []string, in io.Reader, out io.Writer) error {
 	fs.BoolVar(&f.pin, "pin", false, "import: never remove the images to make room (containerd 1.7 or newer)")
 	fs.StringVar(&f.folder, "folder", "", "import: the archives of this folder that have not been imported yet")
 	fs.StringVar(&f.output, "output", "text", "text or json; an import prints a JSON object for each archive")
-	fs.Usage = func() { fmt.Fprint(out, imagesUsage, fs.FlagUsages()) }
+	fs.Usage = func() { fmt.Fprint(out, usage, fs.FlagUsages()) }
 	if err := fs.Parse(args); err != nil {
 		if err == pflag.ErrHelp { //nolint:errorlint // pflag returns it bare
 			return nil
@@ -105,7 +114,7 @@ func images(args []string, in io.Reader, out io.Writer) error {
 	return errors.Join(do(ctx, c), c.Close())
 }
 
-func (f *imagesFlags) importAll(ctx context.Context, c *archive.Client, files []string, in io.Reader, out io.Writer) error {
+func (f *command) importAll(ctx context.Context, c *archive.Client, files []string, in io.Reader, out io.Writer) error {
 	var p progress
 	if terminal(os.Stderr) {
 		p.w = os.Stderr
@@ -155,7 +164,7 @@ func (f *imagesFlags) importAll(ctx context.Context, c *archive.Client, files []
 	return errors.Join(failed...)
 }
 
-func (f *imagesFlags) list(ctx context.Context, c *archive.Client, out io.Writer) error {
+func (f *command) list(ctx context.Context, c *archive.Client, out io.Writer) error {
 	imgs, err := c.List(ctx)
 	if err != nil {
 		return err
