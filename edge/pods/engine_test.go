@@ -48,7 +48,6 @@ type site struct {
 	rev     int64
 	engine  *pods.Engine // the one that runs, or ran last
 
-	engine *pods.Engine
 	cancel context.CancelFunc
 	ended  chan error
 
@@ -120,7 +119,6 @@ func (s *site) start() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.engine = e
 	s.engine = e
 	var ctx context.Context
 	ctx, s.cancel = context.WithCancel(context.Background())

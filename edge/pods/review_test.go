@@ -66,7 +66,7 @@ func (s *site) half(c *cri.Client, p *corev1.Pod, sandbox string, cfg *runtimeap
 // leases counts the addresses in use.
 func (s *site) leases() int {
 	n := 0
-	_ = filepath.WalkDir(filepath.Join(s.rt.Dir, "root", "ipam"), func(path string, d os.DirEntry, err error) error {
+	_ = filepath.WalkDir(filepath.Join(s.rt.Dir, "ipam"), func(path string, d os.DirEntry, err error) error {
 		if err == nil {
 			if _, err := netip.ParseAddr(d.Name()); err == nil {
 				n++

@@ -41,12 +41,13 @@ const (
 // the next one.
 type source struct {
 	name      string
+	refusal   time.Duration // how long to wait for the answer that there is no such source
 	subscribe func(context.Context, *Client) (func() (change, error), error)
 }
 
 var sources = []source{
-	{"CRI", criEvents},
-	{"containerd", containerdEvents},
+	{"CRI", 50 * time.Millisecond, criEvents},
+	{"containerd", 0, containerdEvents},
 }
 
 // Watch calls changed with the ID of each container and sandbox that has started,
@@ -130,14 +131,17 @@ func (c *Client) follow(ctx context.Context, s source, changed func(id string)) 
 		}
 	}()
 	// With an answer to a later request, the subscription has arrived as well: what
-	// changes after the look at everything is heard.
+	// changes after the look at everything is heard. A refusal comes at once; one
+	// that is late costs another look at everything.
 	if err := c.ping(ctx); err != nil {
 		return false, err
 	}
+	refusal := time.NewTimer(s.refusal)
+	defer refusal.Stop()
 	select {
 	case err := <-end:
-		return false, err // refused
-	default:
+		return false, err
+	case <-refusal.C:
 	}
 	c.log.Info("hears of changes in the runtime", "source", s.name)
 	c.eventful.Store(true)
