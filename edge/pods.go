@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -20,6 +22,7 @@ import (
 	"github.com/fairlead-io/fairlead/edge/link"
 	"github.com/fairlead-io/fairlead/edge/node"
 	"github.com/fairlead-io/fairlead/edge/pods"
+	"github.com/fairlead-io/fairlead/edge/pods/archive/folder"
 	"github.com/fairlead-io/fairlead/edge/pods/evict"
 	"github.com/fairlead-io/fairlead/edge/pods/shutdown"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
@@ -32,6 +35,9 @@ import (
 type Pods struct {
 	// Runtime is the socket of the container runtime's CRI.
 	Runtime string
+	// Images is a folder from which archives of images are imported; <Dir>/images
+	// where it is empty.
+	Images string
 	// Static is a folder of manifests of the node's own pods; empty for none.
 	Static string
 	// Logs holds the pods' log folders; /var/log/pods where it is empty.
@@ -228,6 +234,7 @@ func (n *podNode) describe(self *payload.Node) {
 func (n *podNode) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.engine.Run(ctx) })
+	g.Go(func() error { n.importImages(ctx); return nil })
 	g.Go(func() error {
 		return node.WatchDevices(ctx, n.devices, func() {
 			n.engine.Refresh()
@@ -235,6 +242,28 @@ func (n *podNode) run(ctx context.Context) error {
 		})
 	})
 	return g.Wait()
+}
+
+// importImages imports the archives in the folder of images, until ctx ends.
+func (n *podNode) importImages(ctx context.Context) {
+	program, err := folder.Program()
+	if err != nil {
+		n.log.Warn("archives in the folder of images are not imported", "error", err)
+		return
+	}
+	dir := cmp.Or(n.cfg.Pods.Images, filepath.Join(n.cfg.Dir, "images"))
+	folder.Watch(ctx, folder.Config{
+		Dir: dir, Command: append([]string{program}, folder.Arguments(dir, n.cfg.Pods.Runtime)...),
+		Done: func(r folder.Result) {
+			if r.Error != "" {
+				n.engine.NodeEvent(corev1.EventTypeWarning, "ImageArchiveFailed", fmt.Sprintf("Archive %s cannot be imported: %s", r.File, r.Error))
+				return
+			}
+			n.engine.NodeEvent(corev1.EventTypeNormal, "ImageArchiveImported", fmt.Sprintf("Archive %s is imported: %s", r.File, strings.Join(r.Images, ", ")))
+			n.engine.ImagesArrived()
+		},
+		Logger: n.log,
+	})
 }
 
 // sealKey gives the key that secrets are sealed to for this node; the first start

@@ -22,6 +22,8 @@ present() {
 	# earlier in PATH does not see it.
 	python3-pymodbus) /usr/bin/python3 -c 'import pymodbus' 2>/dev/null ;;
 	iproute2) command -v ip >/dev/null && command -v ss >/dev/null ;;
+	containerd | runc) command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] ;;
+	containernetworking-plugins) [ -x /usr/lib/cni/bridge ] ;;
 	gcc) command -v "${CC:-gcc}" >/dev/null ;;
 	libc6-dev) [ -e /usr/include/stdio.h ] ;;
 	git) command -v git >/dev/null ;;
@@ -102,11 +104,14 @@ if [ $status -ne 0 ]; then
 else
 	echo "installed ${missing[*]}"
 	for package in "${missing[@]}"; do
-		# The broker is wanted as a program, not as a service at the next boot.
-		if [ "$package" = mosquitto ] && [ -d /run/systemd/system ]; then
-			systemctl disable --quiet --now mosquitto.service &&
-				echo "mosquitto.service is disabled: only the program is needed"
-		fi
+		# Wanted as a program, not as a service at the next boot.
+		case $package in
+		mosquitto | containerd)
+			[ -d /run/systemd/system ] &&
+				systemctl disable --quiet --now "$package.service" &&
+				echo "$package.service is disabled: only the program is needed"
+			;;
+		esac
 	done
 	skip "apt-get installed it, yet it does not work"
 fi

@@ -59,3 +59,14 @@ func (e *Engine) observe(ctx context.Context) {
 		e.cfg.Changed()
 	}
 }
+
+// NodeEvent records a Kubernetes event about the node.
+func (e *Engine) NodeEvent(typ, reason, message string) { e.nodeEvent(typ, reason, message) }
+
+// ImagesArrived lets pods that wait for an image look again.
+func (e *Engine) ImagesArrived() {
+	for _, p := range e.all() {
+		p.wake()
+	}
+	e.askRelist()
+}

@@ -60,6 +60,7 @@ func run(args []string, out io.Writer) error {
 	fs.IntVar(&cfg.Queue.Messages, "queue-messages", edge.DefaultQueueMessages, "messages that wait for one client with a persistent session; beyond it the oldest are dropped, or publishers refused (see ?queue-full=refuse)")
 	fs.Int64Var(&cfg.Queue.Bytes, "queue-bytes", edge.DefaultQueueBytes, "bytes that wait for one such client")
 	fs.StringVar(&cfg.Pods.Runtime, "runtime", "", "CRI socket of the container runtime, such as unix:///run/containerd/containerd.sock; without it the node runs no pods")
+	fs.StringVar(&cfg.Pods.Images, "image-folder", "", "folder from which archives of images are imported (default images in the data folder)")
 	fs.StringVar(&cfg.Pods.Static, "static-pods", "", "folder of pod manifests that the node runs by itself")
 	fs.StringVar(&cfg.Pods.Logs, "pod-logs", "/var/log/pods", "folder of the pods' logs")
 	fs.StringVar(&cfg.Pods.CgroupRoot, "cgroup-root", "/fairlead", "cgroup that the pods' cgroups are made in")
