@@ -64,6 +64,7 @@ type Bridge struct {
 	desired *desired
 	mirror  *mirror
 	status  *status
+	events  *events
 	outbox  *repair.Outbox
 	inbox   *repair.Inbox
 	client  *client.Client
@@ -119,13 +120,14 @@ func New(cfg Config) (*Bridge, error) {
 	b.inbox = repair.NewInbox(repair.InboxConfig{Direction: topic.Reported, Logger: b.log})
 	b.desired = &desired{
 		in: b.in, kube: kube, log: b.log, now: time.Now, truth: b.truth, refs: newReferences(),
-		touch: b.outbox.Touch, targetRev: b.mirror.targetRev, heal: b.heal,
+		touch: b.outbox.Touch, targetRev: b.mirror.targetRev, heal: b.heal, sealKey: b.mirror.sealKey, linkUp: b.mirror.linkUp,
 		devices: newQueue(), pods: newQueue(),
 	}
 	b.status = newStatus(kube, dyn, b.in, b.mirror, b.truth, newPace(leastStatusInterval, cfg.DeviceStatusInterval), b.log)
-	b.desired.settled = b.status.settled
+	b.desired.settled, b.desired.count = b.status.settled, b.status.count
 	b.metrics = newMetrics(cfg.Metrics, b)
 	b.status.writes = b.metrics.writes
+	b.events = newEvents(kube, b.in, b.log, b.status.count, b.metrics.eventDrops)
 	if err := b.connectTo(cfg.Broker); err != nil {
 		return nil, err
 	}
@@ -161,10 +163,14 @@ func (b *Bridge) Run(ctx context.Context) error {
 	for range statusWorkers {
 		b.worker(ctx, func() { b.status.run(ctx) })
 	}
+	for range eventWorkers {
+		b.worker(ctx, func() { b.events.run(ctx) })
+	}
 	err := b.client.Run(ctx) // its connections do the rest, see serve
 	cancel()
 	b.desired.shutDown()
 	b.status.shutDown()
+	b.events.shutDown()
 	b.wg.Wait()
 	return err
 }

@@ -7,12 +7,14 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/workqueue"
 
 	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
-// podWorkers read ConfigMaps from the API server, each one at a time.
+// podWorkers read ConfigMaps and Secrets from the API server and have it issue
+// tokens, each one at a time.
 const podWorkers = 4
 
 type queue = workqueue.TypedRateLimitingInterface[key]
@@ -37,12 +39,17 @@ type desired struct {
 	// settled is told that a device was looked at. changed: its topics, or it
 	// cannot be resolved, for whatever reason now.
 	settled func(device string, changed bool)
+	// sealKey is the key that a node reported, linkUp tells whether its link is up.
+	sealKey func(node string) sealTo
+	linkUp  func(node string) bool
+	// count records a write and passes its error on.
+	count func(what string, err error) error
 	// heal looks again at a topic that somebody else wrote.
 	heal func(topic.Topic)
 
 	// devices holds devices and topics to heal: work without a wait, so that a
-	// wish is on its way within a millisecond. pods holds pods and ConfigMaps,
-	// which may have to be read from the API server.
+	// wish is on its way within a millisecond. pods holds pods, ConfigMaps, Secrets
+	// and tokens, which may have to be read from the API server.
 	devices, pods queue
 }
 
@@ -78,19 +85,25 @@ func (d *desired) first(ctx context.Context) error {
 	for _, name := range d.in.devices.GetIndexer().ListKeys() {
 		d.device(name)
 	}
-	configMaps := map[string]struct{}{}
+	referred := map[key]struct{}{}
 	for _, name := range d.in.pods.GetIndexer().ListKeys() {
 		touched, err := d.pod(ctx, name)
 		if err != nil {
 			d.again(d.pods, key{kindPod, name}, err)
 		}
-		for _, cm := range touched {
-			configMaps[cm] = struct{}{}
+		for _, o := range touched {
+			referred[o] = struct{}{}
 		}
 	}
-	for cm := range configMaps {
-		if err := d.configMap(ctx, cm); err != nil {
-			d.again(d.pods, key{kindConfigMap, cm}, err)
+	for o := range referred {
+		if o.kind == kindToken { // issuing them all would take a while
+			if _, _, _, err := d.holdToken(ctx, o.name); err != nil {
+				d.again(d.pods, o, err)
+			}
+			continue
+		}
+		if err := d.look(ctx, o); err != nil {
+			d.again(d.pods, o, err)
 		}
 	}
 	return ctx.Err()
@@ -128,17 +141,7 @@ func (d *desired) runPods(ctx context.Context) {
 		if stop {
 			return
 		}
-		var err error
-		switch k.kind {
-		case kindPod:
-			var touched []string
-			touched, err = d.pod(ctx, k.name)
-			for _, cm := range touched {
-				d.pods.Add(key{kindConfigMap, cm})
-			}
-		case kindConfigMap:
-			err = d.configMap(ctx, k.name)
-		}
+		err := d.look(ctx, k)
 		switch {
 		case err == nil:
 			d.pods.Forget(k)
@@ -146,6 +149,26 @@ func (d *desired) runPods(ctx context.Context) {
 			d.again(d.pods, k, err)
 		}
 		d.pods.Done(k)
+	}
+}
+
+// look brings what comes of one object up to date.
+func (d *desired) look(ctx context.Context, k key) error {
+	switch k.kind {
+	case kindPod:
+		touched, err := d.pod(ctx, k.name)
+		for _, o := range touched {
+			d.pods.Add(o)
+		}
+		return err
+	case kindConfigMap:
+		return d.configMap(ctx, k.name)
+	case kindSecret:
+		return d.secret(ctx, k.name)
+	case kindToken:
+		return d.token(ctx, k.name)
+	default:
+		return nil
 	}
 }
 
@@ -170,12 +193,14 @@ func (d *desired) watch() error {
 	}); err != nil {
 		return err
 	}
-	if err := d.in.handle(d.in.configMaps, func(name string, _, _ any) {
-		if len(d.refs.nodes(name)) > 0 {
-			d.pods.Add(key{kindConfigMap, name})
+	for k, i := range map[kind]cache.SharedIndexInformer{kindConfigMap: d.in.configMaps, kindSecret: d.in.secrets} {
+		if err := d.in.handle(i, func(name string, _, _ any) {
+			if len(d.refs.nodes(key{k, name})) > 0 {
+				d.pods.Add(key{k, name})
+			}
+		}); err != nil {
+			return err
 		}
-	}); err != nil {
-		return err
 	}
 	return d.in.handle(d.in.nodes, func(name string, was, is any) {
 		if was != nil && is != nil {

@@ -30,6 +30,8 @@ type bench struct {
 	*desired
 	touched []topic.Topic
 	targets map[string]int64 // device/property → rev
+	keys    map[string]sealTo
+	up      bool // every node's link
 }
 
 func newBench(t *testing.T) *bench {
@@ -51,13 +53,17 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bench{targets: map[string]int64{}}
+	b := &bench{targets: map[string]int64{}, keys: map[string]sealTo{}}
 	b.desired = &desired{
 		in: in, kube: kube, log: slog.New(slog.NewTextHandler(t.Output(), nil)), now: func() time.Time { return time.UnixMilli(at) },
 		truth: newTruth(), refs: newReferences(),
 		touch:     func(ts ...topic.Topic) { b.touched = append(b.touched, ts...) },
 		targetRev: func(_, dev, prop string) int64 { return b.targets[dev+"/"+prop] },
+		devices:   newQueue(), pods: newQueue(),
+		sealKey: func(node string) sealTo { return b.keys[node] }, linkUp: func(string) bool { return b.up },
+		count: func(_ string, err error) error { return err },
 	}
+	t.Cleanup(b.shutDown)
 	return b
 }
 
@@ -70,6 +76,8 @@ func (b *bench) add(t *testing.T, objs ...any) {
 			err = b.in.nodes.GetIndexer().Add(o)
 		case *corev1.Pod:
 			err = b.in.pods.GetIndexer().Add(o)
+		case *corev1.Service:
+			err = b.in.services.GetIndexer().Add(o)
 		case *deviceObject:
 			err = b.in.devices.GetIndexer().Add(o)
 		case *modelObject:
@@ -279,29 +287,42 @@ func podOn(node, name, version string, configMaps ...string) *corev1.Pod {
 	return p
 }
 
-func TestConfigMapsOf(t *testing.T) {
-	ref := corev1.LocalObjectReference{}
-	named := func(n string) corev1.LocalObjectReference { ref.Name = n; return ref }
+func TestReferencesOf(t *testing.T) {
+	named := func(n string) corev1.LocalObjectReference { return corev1.LocalObjectReference{Name: n} }
 	env := func(n string) []corev1.EnvVar {
-		return []corev1.EnvVar{{Name: "plain", Value: "x"}, {Name: "ref", ValueFrom: &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{LocalObjectReference: named(n)}}}}
+		return []corev1.EnvVar{
+			{Name: "plain", Value: "x"},
+			{Name: "field", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.name"}}},
+			{Name: "ref", ValueFrom: &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{LocalObjectReference: named(n)}}},
+			{Name: "key", ValueFrom: &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{LocalObjectReference: named(n)}}},
+		}
 	}
 	from := func(n string) []corev1.EnvFromSource {
-		return []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: named(n)}}, {SecretRef: &corev1.SecretEnvSource{LocalObjectReference: named("secret")}}}
+		return []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: named(n)}}, {SecretRef: &corev1.SecretEnvSource{LocalObjectReference: named(n)}}}
 	}
 	p := podOn("n", "p", "1", "volume")
-	p.Spec.Volumes = append(p.Spec.Volumes, corev1.Volume{Name: "pr", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
-		{ConfigMap: &corev1.ConfigMapProjection{LocalObjectReference: named("projected")}}, {DownwardAPI: &corev1.DownwardAPIProjection{}}}}}})
+	p.Spec.ImagePullSecrets = []corev1.LocalObjectReference{named("pull"), named("")}
+	p.Spec.Volumes = append(p.Spec.Volumes,
+		corev1.Volume{Name: "s", VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "volume"}}},
+		corev1.Volume{Name: "pr", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
+			{ConfigMap: &corev1.ConfigMapProjection{LocalObjectReference: named("projected")}}, {Secret: &corev1.SecretProjection{LocalObjectReference: named("projected")}},
+			{DownwardAPI: &corev1.DownwardAPIProjection{}}}}}})
 	p.Spec.InitContainers = []corev1.Container{{Env: env("init-env"), EnvFrom: from("init-from")}}
 	p.Spec.Containers = []corev1.Container{{Env: env("env"), EnvFrom: from("from")}}
 	p.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Env: env("debug-env"), EnvFrom: from("debug-from")}}}
-	var got []string
-	for cm := range configMapsOf(p) {
-		got = append(got, cm)
+	got := map[kind][]string{}
+	for o := range referencesOf(p) {
+		got[o.kind] = append(got[o.kind], o.name)
 	}
-	slices.Sort(got)
 	want := []string{"default/debug-env", "default/debug-from", "default/env", "default/from", "default/init-env", "default/init-from", "default/projected", "default/volume"}
-	if !slices.Equal(got, want) {
-		t.Errorf("got  %v\nwant %v", got, want)
+	slices.Sort(got[kindConfigMap])
+	if !slices.Equal(got[kindConfigMap], want) {
+		t.Errorf("config maps\n got %v\nwant %v", got[kindConfigMap], want)
+	}
+	want = slices.Insert(want, 7, "default/pull")
+	slices.Sort(got[kindSecret])
+	if !slices.Equal(got[kindSecret], want) {
+		t.Errorf("secrets\n got %v\nwant %v", got[kindSecret], want)
 	}
 }
 
@@ -314,7 +335,7 @@ func TestUnknownIsNotCleared(t *testing.T) {
 		&metav1.PartialObjectMetadata{ObjectMeta: metaFor("same", "7")}, &metav1.PartialObjectMetadata{ObjectMeta: metaFor("changed", "8")})
 	boot := map[topic.Topic][]byte{}
 	for _, name := range []string{"same", "changed", "gone"} {
-		boot[topic.DesiredConfigMap("n", "default", name)] = payload.Encode(configMapPayload{UID: name + "-uid", Rev: 7, Namespace: "default", Name: name})
+		boot[topic.DesiredConfigMap("n", "default", name)] = payload.Encode(payload.ConfigMap{UID: name + "-uid", Rev: 7, Namespace: "default", Name: name})
 	}
 	b.truth.setBoot(boot)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -350,7 +371,7 @@ func TestUnknownIsNotCleared(t *testing.T) {
 		t.Fatal(err)
 	}
 	touched, err := b.pod(ctx, "default/q")
-	if err != nil || !slices.Equal(touched, []string{"default/same"}) {
+	if err != nil || !slices.Equal(touched, []key{{kindConfigMap, "default/same"}, {kindToken, "default/q"}}) {
 		t.Errorf("touched %v, %v", touched, err)
 	}
 	if err := b.configMap(ctx, "default/same"); err != nil {
@@ -403,8 +424,8 @@ func TestSameJSON(t *testing.T) {
 
 func TestTransforms(t *testing.T) {
 	keep := trimPod(func(n string) bool { return n == "edge" })
-	o, err := keep(&corev1.Pod{ObjectMeta: metaFor("p", "1"), Spec: corev1.PodSpec{NodeName: "edge", Containers: []corev1.Container{{Name: "c"}}}, Status: corev1.PodStatus{Phase: corev1.PodRunning}})
-	if p := o.(*corev1.Pod); err != nil || stripped(p) || p.Status.Phase != "" {
+	o, err := keep(&corev1.Pod{ObjectMeta: metaFor("p", "1"), Spec: corev1.PodSpec{NodeName: "edge", Containers: []corev1.Container{{Name: "c"}}}, Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.0.0.1"}})
+	if p := o.(*corev1.Pod); err != nil || stripped(p) || p.Status.Phase != corev1.PodRunning || p.Status.PodIP != "" {
 		t.Errorf("%+v, %v", o, err)
 	}
 	o, err = keep(&corev1.Pod{ObjectMeta: metaFor("p", "1"), Spec: corev1.PodSpec{NodeName: "server", Containers: []corev1.Container{{Name: "c"}}}})

@@ -26,9 +26,11 @@ const (
 // informers are the watches on Kubernetes.
 type informers struct {
 	nodes, pods, devices, models cache.SharedIndexInformer
-	// configMaps holds metadata only: a cluster has many ConfigMaps, and the
+	// configMaps and secrets hold metadata only: a cluster has many, and the
 	// nodes need few of them. Those are read one by one when they change.
-	configMaps cache.SharedIndexInformer
+	configMaps, secrets cache.SharedIndexInformer
+	// services are trimmed to what a container's environment says of them.
+	services cache.SharedIndexInformer
 
 	synced []cache.InformerSynced
 }
@@ -58,11 +60,20 @@ func newInformers(kube kubernetes.Interface, dyn dynamic.Interface, meta metadat
 		cache.SharedIndexInformerOptions{ObjectDescription: modelsGVR.String()})
 	in.configMaps = cache.NewSharedIndexInformerWithOptions(watchMetadata(meta, configMapsGVR), &metav1.PartialObjectMetadata{},
 		cache.SharedIndexInformerOptions{ObjectDescription: configMapsGVR.String()})
+	in.secrets = cache.NewSharedIndexInformerWithOptions(watchMetadata(meta, secretsGVR), &metav1.PartialObjectMetadata{},
+		cache.SharedIndexInformerOptions{ObjectDescription: secretsGVR.String()})
+	in.services = cache.NewSharedIndexInformerWithOptions(
+		cache.ToListWatcherWithWatchListSemantics(cache.NewListWatchFromClient(core, "services", "", fields.Everything()), kube),
+		&corev1.Service{}, cache.SharedIndexInformerOptions{Indexers: cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc}})
+	in.synced = append(in.synced, in.services.HasSynced)
 
 	for _, t := range []struct {
 		i cache.SharedIndexInformer
 		f cache.TransformFunc
-	}{{in.nodes, trimNode}, {in.pods, trimPod(in.isEdge)}, {in.devices, trimDevice}, {in.models, trimModel}, {in.configMaps, trimMetadata}} {
+	}{
+		{in.nodes, trimNode}, {in.pods, trimPod(in.isEdge)}, {in.devices, trimDevice}, {in.models, trimModel},
+		{in.configMaps, trimMetadata}, {in.secrets, trimMetadata}, {in.services, trimService},
+	} {
 		if err := t.i.SetTransform(t.f); err != nil {
 			return nil, fmt.Errorf("informer: %w", err)
 		}
@@ -124,7 +135,7 @@ func (in *informers) handle(i cache.SharedIndexInformer, fn func(key string, was
 // run watches until ctx ends. Pods wait for the nodes, so that a pod's
 // transform knows the edge nodes.
 func (in *informers) run(ctx context.Context, spawn func(func())) {
-	for _, i := range []cache.SharedIndexInformer{in.nodes, in.devices, in.models, in.configMaps} {
+	for _, i := range []cache.SharedIndexInformer{in.nodes, in.devices, in.models, in.configMaps, in.secrets, in.services} {
 		spawn(func() { i.RunWithContext(ctx) })
 	}
 	spawn(func() {

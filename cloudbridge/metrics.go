@@ -6,6 +6,8 @@ type metrics struct {
 	writes    *prometheus.CounterVec
 	malformed prometheus.Counter
 	clones    prometheus.Counter
+	// eventDrops counts Kubernetes events by reason.
+	eventDrops *prometheus.CounterVec
 }
 
 func newMetrics(r prometheus.Registerer, b *Bridge) *metrics {
@@ -17,13 +19,19 @@ func newMetrics(r prometheus.Registerer, b *Bridge) *metrics {
 		clones: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "fairlead_cloud_node_clones_total", Help: "Links that an agent took back from another one with the same node's name."}),
 	}
+	m.eventDrops = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "fairlead_cloud_events_dropped_total", Help: "Kubernetes events of nodes that did not become Events, by reason."}, []string{"reason"})
+	for _, reason := range []string{eventMalformed, eventForeign, eventFull, eventNoNamespace, eventRefused, eventFailed} {
+		m.eventDrops.WithLabelValues(reason)
+	}
 	if r == nil {
 		return m
 	}
 	gauge := func(name, help string, f func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f)
 	}
-	r.MustRegister(m.writes, m.malformed, m.clones,
+	r.MustRegister(m.writes, m.malformed, m.clones, m.eventDrops,
+		gauge("fairlead_cloud_events_waiting", "Kubernetes events of nodes that wait to become Events.", func() float64 { return float64(b.events.length()) }),
 		gauge("fairlead_cloud_broker_connected", "1 while the broker is connected and in step.", func() float64 {
 			if b.Ready() {
 				return 1

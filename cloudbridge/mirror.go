@@ -1,13 +1,14 @@
 package cloudbridge
 
 import (
-	"encoding/json"
 	"log/slog"
 	"maps"
+	"reflect"
 	"sync"
 	"time"
 
 	"github.com/fairlead-io/fairlead/schemas/payload"
+	"github.com/fairlead-io/fairlead/schemas/seal"
 	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
@@ -26,26 +27,20 @@ const (
 // broker may take to come back: the longest back-off of an edge's link.
 const linkGrace = 30 * time.Second
 
-// podReport is fl/<node>/reported/pod/<ns>/<name>.
-type podReport struct {
-	UID    string          `json:"uid"`
-	Rev    int64           `json:"rev"`
-	Status json.RawMessage `json:"status"`
-}
-
 // nodeMirror is what one node reported last.
 type nodeMirror struct {
 	link   payload.Link
 	linked bool // a link was heard of
 	seen   bool // the link was up on this connection to the broker
 	node   *payload.Node
+	key    sealTo
 	// mayCreate allows one creation of the Node object: since the link came
 	// up, or since reported/node changed.
 	mayCreate bool
 	devices   map[string]payload.DeviceStatus
 	twins     map[string]map[string]payload.Reading // device → property
 	targets   map[string]map[string]payload.Target
-	pods      map[string]podReport
+	pods      map[string]payload.ReportedPod
 }
 
 // mirror holds what the broker holds of reported/#, decoded.
@@ -81,7 +76,9 @@ type news struct {
 	urgent bool
 	// linkChanged: the link went up or down, which concerns all of the node.
 	linkChanged bool
-	malformed   bool
+	// rekeyed: the node has another key now.
+	rekeyed   bool
+	malformed bool
 }
 
 // put takes a report.
@@ -96,7 +93,7 @@ func (m *mirror) put(p topic.Parsed, b []byte) news {
 	nm := m.mu.nodes[p.Node]
 	if nm == nil {
 		nm = &nodeMirror{
-			devices: map[string]payload.DeviceStatus{}, pods: map[string]podReport{},
+			devices: map[string]payload.DeviceStatus{}, pods: map[string]payload.ReportedPod{},
 			twins: map[string]map[string]payload.Reading{}, targets: map[string]map[string]payload.Target{},
 		}
 		m.mu.nodes[p.Node] = nm
@@ -134,7 +131,7 @@ func (nm *nodeMirror) put(p topic.Parsed, object string, b []byte, n *news) erro
 		nm.seen = nm.seen || l.Online
 	case topic.KindReportedNode:
 		if len(b) == 0 {
-			nm.node = nil
+			nm.node = nil // its key stays: what is sealed to it is no worse
 			return nil
 		}
 		var v payload.Node
@@ -142,15 +139,27 @@ func (nm *nodeMirror) put(p topic.Parsed, object string, b []byte, n *news) erro
 			return err
 		}
 		n.urgent = true
-		if nm.node == nil || *nm.node != v {
+		if nm.node == nil || !reflect.DeepEqual(*nm.node, v) {
 			nm.mayCreate = true
 		}
 		nm.node = &v
+		if v.SealKey == nm.key.public {
+			return nil
+		}
+		id := ""
+		if v.SealKey != "" {
+			var err error
+			if id, err = seal.ID(v.SealKey); err != nil {
+				nm.key, n.rekeyed = sealTo{}, true
+				return err // of the report all else is good
+			}
+		}
+		nm.key, n.rekeyed = sealTo{v.SealKey, id}, true
 	case topic.KindReportedDevice:
 		return putInto(nm.devices, object, b, func(was, is payload.DeviceStatus) { n.urgent = was != is })
 	case topic.KindReportedPod:
 		n.urgent = true
-		return putInto(nm.pods, object, b, func(_, _ podReport) {})
+		return putInto(nm.pods, object, b, func(_, _ payload.ReportedPod) {})
 	case topic.KindReportedTwin:
 		return putProperty(nm.twins, object, p.Property, b, func(was, is payload.Reading) {
 			n.urgent = was.Q != is.Q || was.Ack != is.Ack || was.Err != is.Err
@@ -283,6 +292,42 @@ func (m *mirror) node(name string) nodeView {
 	return v
 }
 
+// static gives a node's report on a pod of its own.
+func (m *mirror) static(node, name string) (payload.ReportedPod, bool) {
+	r, ok := m.pod(node, name)
+	return r, ok && r.Static != nil
+}
+
+// staticPods lists a node's own pods.
+func (m *mirror) staticPods(node string) []string {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	n := m.mu.nodes[node]
+	if n == nil {
+		return nil
+	}
+	var out []string
+	for name, r := range n.pods {
+		if r.Static != nil {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// sealKey is the key that the node reported.
+func (m *mirror) sealKey(name string) sealTo {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if n := m.mu.nodes[name]; n != nil {
+		return n.key
+	}
+	return sealTo{}
+}
+
+// linkUp tells whether the node's link is up.
+func (m *mirror) linkUp(name string) bool { return m.node(name).state == linkUp }
+
 // created takes back the permission to create the Node object.
 func (m *mirror) created(name string) {
 	m.mu.Lock()
@@ -327,12 +372,12 @@ func (m *mirror) targetRev(node, device, prop string) int64 {
 	return n.targets[device][prop].Rev
 }
 
-func (m *mirror) pod(node, name string) (podReport, bool) {
+func (m *mirror) pod(node, name string) (payload.ReportedPod, bool) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	n := m.mu.nodes[node]
 	if n == nil {
-		return podReport{}, false
+		return payload.ReportedPod{}, false
 	}
 	r, ok := n.pods[name]
 	return r, ok

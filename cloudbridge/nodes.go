@@ -2,8 +2,11 @@ package cloudbridge
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,6 +29,9 @@ const (
 
 	// maxPods is the kubelet's default, for a node whose agent runs pods.
 	maxPods = 110
+
+	// maxImages is the kubelet's default of the images that a Node lists.
+	maxImages = 50
 
 	// managedByAnnotation marks the Nodes that this program created.
 	managedByAnnotation = "fairlead.dev/managed-by"
@@ -61,23 +67,21 @@ func nodeStatus(prev *corev1.NodeStatus, v nodeView, now time.Time) *corev1.Node
 		s.NodeInfo.KernelVersion, s.NodeInfo.OSImage = r.Kernel, r.OSImage
 		s.NodeInfo.OperatingSystem, s.NodeInfo.Architecture = r.OS, r.Arch
 		s.NodeInfo.KubeletVersion = "fairlead-" + strings.TrimPrefix(r.Agent, "fairlead-")
-		pods := int64(0)
-		if r.Pods {
-			pods = maxPods
+		s.NodeInfo.ContainerRuntimeVersion = r.Runtime
+		s.NodeInfo.Swap = nil
+		if r.SwapBytes > 0 {
+			swap := int64(r.SwapBytes)
+			s.NodeInfo.Swap = &corev1.NodeSwapStatus{Capacity: &swap}
 		}
-		if s.Capacity == nil {
-			s.Capacity = corev1.ResourceList{}
-		}
-		s.Capacity[corev1.ResourceCPU] = *resource.NewQuantity(int64(r.CPUs), resource.DecimalSI)
-		s.Capacity[corev1.ResourceMemory] = *resource.NewQuantity(int64(r.MemoryBytes), resource.BinarySI)
-		s.Capacity[corev1.ResourcePods] = *resource.NewQuantity(pods, resource.DecimalSI)
+		s.Capacity = resources(s.Capacity, r, r.Capacity)
 		s.Allocatable = s.Capacity.DeepCopy()
-		s.Addresses = nil
-		if r.InternalAddress != "" {
-			s.Addresses = append(s.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: r.InternalAddress})
+		if len(r.Allocatable) > 0 {
+			s.Allocatable = resources(prev.Allocatable, r, r.Allocatable)
 		}
-		if r.Hostname != "" {
-			s.Addresses = append(s.Addresses, corev1.NodeAddress{Type: corev1.NodeHostName, Address: r.Hostname})
+		s.Addresses = addresses(r)
+		s.Images, s.VolumesInUse = images(r), nil
+		for _, v := range r.VolumesInUse {
+			s.VolumesInUse = append(s.VolumesInUse, corev1.UniqueVolumeName(v))
 		}
 		store := corev1.NodeCondition{Type: conditionStore, Status: corev1.ConditionFalse, Reason: "StoreWorks", Message: "the node stores what it is sent"}
 		if r.StoreError != "" {
@@ -87,16 +91,126 @@ func nodeStatus(prev *corev1.NodeStatus, v nodeView, now time.Time) *corev1.Node
 	}
 	switch v.state {
 	case linkUp:
-		setCondition(s, corev1.NodeCondition{Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: reasonLinkUp, Message: "the node's link is up"}, now)
+		ready := corev1.NodeCondition{Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: reasonLinkUp, Message: "the node's link is up"}
+		reported := map[corev1.NodeConditionType]bool{}
+		if v.node != nil {
+			for _, c := range v.node.Conditions {
+				nc := corev1.NodeCondition{Type: corev1.NodeConditionType(c.Type), Status: corev1.ConditionStatus(c.Status), Reason: c.Reason, Message: c.Message}
+				switch {
+				case nc.Type == conditionStore || nc.Type == "" || nc.Status == "":
+				case nc.Type != corev1.NodeReady:
+					reported[nc.Type] = true
+					// What it has been for a while, it has been for Kubernetes since
+					// the link is up.
+					setCondition(s, nc, earlier(now, later(time.UnixMilli(c.Since), v.since)))
+				case nc.Status != corev1.ConditionTrue:
+					ready.Status, ready.Reason, ready.Message = nc.Status, c.Reason, c.Message
+				}
+			}
+		}
+		setCondition(s, ready, now)
+		s.Conditions = slices.DeleteFunc(s.Conditions, func(c corev1.NodeCondition) bool {
+			return slices.Contains(pressures, c.Type) && !reported[c.Type]
+		})
 	case linkDown:
-		setCondition(s, corev1.NodeCondition{Type: corev1.NodeReady, Status: corev1.ConditionUnknown, Reason: reasonLinkDown,
-			Message: "the node's link is down; it goes on by itself with what it was sent"}, now)
+		const text = "the node's link is down; it goes on by itself with what it was sent"
+		setCondition(s, corev1.NodeCondition{Type: corev1.NodeReady, Status: corev1.ConditionUnknown, Reason: reasonLinkDown, Message: text}, now)
+		for _, t := range pressures {
+			if nodeCondition(s, t).Type != "" {
+				setCondition(s, corev1.NodeCondition{Type: t, Status: corev1.ConditionUnknown, Reason: reasonLinkDown, Message: text}, now)
+			}
+		}
 	}
 	return s
 }
 
-// setCondition sets a condition. Times move only with the rest: a heartbeat
-// without news is the Lease's business.
+// pressures are the conditions that only the node can judge.
+var pressures = []corev1.NodeConditionType{corev1.NodeMemoryPressure, corev1.NodeDiskPressure, corev1.NodePIDPressure}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// resources are a node's capacity or allocatable: as it reports them, and what
+// others wrote. What it cannot mean is left out.
+func resources(prev corev1.ResourceList, r *payload.Node, reported map[string]string) corev1.ResourceList {
+	out := corev1.ResourceList{}
+	for name, q := range prev {
+		if strings.Contains(string(name), "/") && !strings.HasPrefix(string(name), Group+"/") {
+			out[name] = q // somebody else's extended resource
+		}
+	}
+	pods := int64(0)
+	if r.Pods {
+		pods = maxPods
+	}
+	out[corev1.ResourceCPU] = *resource.NewQuantity(int64(r.CPUs), resource.DecimalSI)
+	out[corev1.ResourceMemory] = *resource.NewQuantity(int64(r.MemoryBytes), resource.BinarySI)
+	out[corev1.ResourcePods] = *resource.NewQuantity(pods, resource.DecimalSI)
+	for name, text := range reported {
+		if q, err := resource.ParseQuantity(text); err == nil && q.Sign() >= 0 && name != "" {
+			out[corev1.ResourceName(name)] = q
+		}
+	}
+	return out
+}
+
+func addresses(r *payload.Node) []corev1.NodeAddress {
+	var out []corev1.NodeAddress
+	for _, a := range r.Addresses {
+		out = append(out, corev1.NodeAddress{Type: corev1.NodeAddressType(a.Type), Address: a.Address})
+	}
+	if len(out) > 0 {
+		return out
+	}
+	if r.InternalAddress != "" {
+		out = append(out, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: r.InternalAddress})
+	}
+	if r.Hostname != "" {
+		out = append(out, corev1.NodeAddress{Type: corev1.NodeHostName, Address: r.Hostname})
+	}
+	return out
+}
+
+func images(r *payload.Node) []corev1.ContainerImage {
+	var out []corev1.ContainerImage
+	for _, i := range r.Images[:min(len(r.Images), maxImages)] {
+		out = append(out, corev1.ContainerImage{Names: i.Names, SizeBytes: i.Size})
+	}
+	return out
+}
+
+// imagesSum stands for a node's images where the informer keeps the node.
+func imagesSum(images []corev1.ContainerImage) []corev1.ContainerImage {
+	if len(images) == 0 || len(images) == 1 && len(images[0].Names) == 0 {
+		return images // none, or a sum already
+	}
+	sum := sha256.Sum256(payload.Encode(images))
+	return []corev1.ContainerImage{{SizeBytes: int64(binary.BigEndian.Uint64(sum[:]) >> 1)}}
+}
+
+// nodeCondition gives a condition, the zero value where there is none.
+func nodeCondition(s *corev1.NodeStatus, t corev1.NodeConditionType) corev1.NodeCondition {
+	for _, c := range s.Conditions {
+		if c.Type == t {
+			return c
+		}
+	}
+	return corev1.NodeCondition{}
+}
+
+// setCondition sets a condition, which became so at now. Times move only with the
+// rest: a heartbeat without news is the Lease's business.
 func setCondition(s *corev1.NodeStatus, c corev1.NodeCondition, now time.Time) {
 	c.LastHeartbeatTime = metav1.NewTime(now)
 	c.LastTransitionTime = metav1.NewTime(now)
@@ -150,6 +264,9 @@ func (s *status) writeNode(ctx context.Context, name string) error {
 	}
 	want := n.DeepCopy()
 	want.Status = *nodeStatus(&n.Status, v, s.now())
+	if equality.Semantic.DeepEqual(imagesSum(want.Status.Images), n.Status.Images) {
+		want.Status.Images = n.Status.Images
+	}
 	if equality.Semantic.DeepEqual(want.Status, n.Status) {
 		s.mirror.created(name)
 		return nil
@@ -170,7 +287,8 @@ func (s *status) writeNode(ctx context.Context, name string) error {
 }
 
 // twoWay is the patch that makes one status of the other. Conditions merge by
-// type, so those of other writers stay.
+// type, so those of other writers stay. Addresses would too, though a node can
+// have several of a type: they are replaced.
 func twoWay(was, is *corev1.Node) ([]byte, error) {
 	a, err := json.Marshal(corev1.Node{Status: was.Status})
 	if err != nil {
@@ -182,6 +300,27 @@ func twoWay(was, is *corev1.Node) ([]byte, error) {
 	}
 	patch, err := strategicpatch.CreateTwoWayMergePatch(a, b, corev1.Node{})
 	if err != nil {
+		return nil, fmt.Errorf("node status: %w", err)
+	}
+	if equality.Semantic.DeepEqual(was.Status.Addresses, is.Status.Addresses) {
+		return patch, nil
+	}
+	var m struct {
+		Metadata json.RawMessage            `json:"metadata,omitempty"`
+		Status   map[string]json.RawMessage `json:"status"`
+	}
+	if err := json.Unmarshal(patch, &m); err != nil {
+		return nil, fmt.Errorf("node status: %w", err)
+	}
+	delete(m.Status, "$setElementOrder/addresses")
+	list := []any{map[string]any{"$patch": "replace"}}
+	for _, a := range is.Status.Addresses {
+		list = append(list, a)
+	}
+	if m.Status["addresses"], err = json.Marshal(list); err != nil {
+		return nil, fmt.Errorf("node status: %w", err)
+	}
+	if patch, err = json.Marshal(m); err != nil {
 		return nil, fmt.Errorf("node status: %w", err)
 	}
 	return patch, nil

@@ -22,6 +22,7 @@ const (
 var (
 	devicesGVR    = schema.GroupVersionResource{Group: Group, Version: Version, Resource: "devices"}
 	modelsGVR     = schema.GroupVersionResource{Group: Group, Version: Version, Resource: "devicemodels"}
+	secretsGVR    = schema.GroupVersionResource{Version: "v1", Resource: "secrets"}
 	configMapsGVR = schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}
 )
 
@@ -108,13 +109,12 @@ func trimMeta(m *metav1.ObjectMeta) {
 func trimNode(o any) (any, error) {
 	if n, ok := o.(*corev1.Node); ok {
 		n.ManagedFields = nil
-		n.Status.Images, n.Status.VolumesAttached, n.Status.VolumesInUse = nil, nil, nil
+		n.Status.Images, n.Status.VolumesAttached = imagesSum(n.Status.Images), nil
 	}
 	return o, nil
 }
 
-// trimPod drops managed fields and the status, which a node reports and nobody
-// here reads. Of a pod on a node that is no edge node nothing is left but its
+// trimPod drops managed fields and most of the status, see trimPodStatus. Of a pod on a node that is no edge node nothing is left but its
 // key; should the node become one later, the pod is read again (see stripped).
 func trimPod(edge func(node string) bool) func(any) (any, error) {
 	return func(o any) (any, error) {
@@ -123,12 +123,12 @@ func trimPod(edge func(node string) bool) func(any) (any, error) {
 			return o, nil
 		}
 		p.ManagedFields = nil
-		p.Status = corev1.PodStatus{}
-		if !edge(p.Spec.NodeName) {
-			node := p.Spec.NodeName
-			trimMeta(&p.ObjectMeta)
-			p.Spec = corev1.PodSpec{NodeName: node}
+		if edge(p.Spec.NodeName) {
+			trimPodStatus(p)
+			return p, nil
 		}
+		trimMeta(&p.ObjectMeta)
+		p.Spec, p.Status = corev1.PodSpec{NodeName: p.Spec.NodeName}, corev1.PodStatus{}
 		return p, nil
 	}
 }
@@ -139,6 +139,16 @@ func stripped(p *corev1.Pod) bool { return len(p.Spec.Containers) == 0 }
 func trimMetadata(o any) (any, error) {
 	if m, ok := o.(*metav1.PartialObjectMetadata); ok {
 		trimMeta(&m.ObjectMeta)
+	}
+	return o, nil
+}
+
+// trimService keeps what a container's environment says of a Service.
+func trimService(o any) (any, error) {
+	if s, ok := o.(*corev1.Service); ok {
+		trimMeta(&s.ObjectMeta)
+		s.Spec = corev1.ServiceSpec{ClusterIP: s.Spec.ClusterIP, Ports: s.Spec.Ports}
+		s.Status = corev1.ServiceStatus{}
 	}
 	return o, nil
 }

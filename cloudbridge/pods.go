@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"sync"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -15,186 +15,131 @@ import (
 	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
-// podPayload is fl/<node>/desired/pod/<ns>/<name>.
-type podPayload struct {
-	UID      string            `json:"uid"`
-	Rev      int64             `json:"rev"`
-	Metadata metav1.ObjectMeta `json:"metadata"`
-	Spec     corev1.PodSpec    `json:"spec"`
-}
-
-// configMapPayload is fl/<node>/desired/configmap/<ns>/<name>.
-type configMapPayload struct {
-	UID        string            `json:"uid"`
-	Rev        int64             `json:"rev"`
-	Namespace  string            `json:"namespace"`
-	Name       string            `json:"name"`
-	Data       map[string]string `json:"data,omitempty"`
-	BinaryData map[string][]byte `json:"binaryData,omitempty"`
-}
-
 // encodePod trims a pod to what its node needs.
-func encodePod(p *corev1.Pod, rev int64) []byte {
+func encodePod(p *corev1.Pod, services []payload.Service, rev int64) []byte {
 	m := metav1.ObjectMeta{
-		Namespace: p.Namespace, Name: p.Name, UID: p.UID, Labels: p.Labels,
-		DeletionTimestamp: p.DeletionTimestamp, DeletionGracePeriodSeconds: p.DeletionGracePeriodSeconds,
-		OwnerReferences: p.OwnerReferences,
+		Namespace: p.Namespace, Name: p.Name, UID: p.UID, Labels: p.Labels, Generation: p.Generation,
+		CreationTimestamp: p.CreationTimestamp, DeletionTimestamp: p.DeletionTimestamp,
+		DeletionGracePeriodSeconds: p.DeletionGracePeriodSeconds, OwnerReferences: p.OwnerReferences,
 	}
 	if len(p.Annotations) > 0 {
 		m.Annotations = maps.Clone(p.Annotations)
 		delete(m.Annotations, lastApplied) // the whole pod once more
 	}
-	return payload.Encode(podPayload{UID: string(p.UID), Rev: rev, Metadata: m, Spec: p.Spec})
-}
-
-// configMapsOf lists the ConfigMaps, as namespace/name, that a pod refers to.
-func configMapsOf(p *corev1.Pod) map[string]struct{} {
-	out := map[string]struct{}{}
-	add := func(name string) {
-		if name != "" {
-			out[p.Namespace+"/"+name] = struct{}{}
-		}
+	out := payload.Pod{UID: string(p.UID), Rev: rev, Metadata: payload.Encode(m), Spec: payload.Encode(p.Spec), Services: services}
+	if terminal(p.Status.Phase) {
+		out.Phase = string(p.Status.Phase)
 	}
-	for _, v := range p.Spec.Volumes {
-		if v.ConfigMap != nil {
-			add(v.ConfigMap.Name)
-		}
-		if v.Projected != nil {
-			for _, s := range v.Projected.Sources {
-				if s.ConfigMap != nil {
-					add(s.ConfigMap.Name)
-				}
+	for _, g := range p.Spec.ReadinessGates {
+		for _, c := range p.Status.Conditions {
+			if c.Type != g.ConditionType {
+				continue
 			}
-		}
-	}
-	env := func(vars []corev1.EnvVar, from []corev1.EnvFromSource) {
-		for _, e := range vars {
-			if e.ValueFrom != nil && e.ValueFrom.ConfigMapKeyRef != nil {
-				add(e.ValueFrom.ConfigMapKeyRef.Name)
+			if out.Gates == nil {
+				out.Gates = map[string]string{}
 			}
-		}
-		for _, f := range from {
-			if f.ConfigMapRef != nil {
-				add(f.ConfigMapRef.Name)
-			}
+			out.Gates[string(c.Type)] = string(c.Status)
 		}
 	}
-	for i := range p.Spec.InitContainers {
-		env(p.Spec.InitContainers[i].Env, p.Spec.InitContainers[i].EnvFrom)
-	}
-	for i := range p.Spec.Containers {
-		env(p.Spec.Containers[i].Env, p.Spec.Containers[i].EnvFrom)
-	}
-	for i := range p.Spec.EphemeralContainers {
-		env(p.Spec.EphemeralContainers[i].Env, p.Spec.EphemeralContainers[i].EnvFrom)
-	}
-	return out
+	return payload.Encode(out)
 }
 
-// references remembers which pod refers to which ConfigMaps on which node.
-type references struct {
-	mu struct {
-		sync.Mutex
-		pods map[string]reference
-		// users holds the pods of a ConfigMap.
-		users map[string]map[string]struct{}
-	}
+func terminal(p corev1.PodPhase) bool { return p == corev1.PodSucceeded || p == corev1.PodFailed }
+
+// isMirrorPod tells that a pod stands for one that its node has from a file.
+func isMirrorPod(p *corev1.Pod) bool {
+	_, ok := p.Annotations[corev1.MirrorPodAnnotationKey]
+	return ok
 }
 
-type reference struct {
-	node       string
-	configMaps map[string]struct{}
-}
-
-func newReferences() *references {
-	r := &references{}
-	r.mu.pods = map[string]reference{}
-	r.mu.users = map[string]map[string]struct{}{}
-	return r
-}
-
-// set records a pod's references and gives the ConfigMaps that have to be
-// looked at again. An empty node forgets the pod.
-func (r *references) set(pod, node string, configMaps map[string]struct{}) (touched []string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	old := r.mu.pods[pod]
-	if node == "" {
-		configMaps = nil
-	}
-	for cm := range old.configMaps {
-		if _, ok := configMaps[cm]; ok && old.node == node {
-			continue
-		}
-		delete(r.mu.users[cm], pod)
-		if len(r.mu.users[cm]) == 0 {
-			delete(r.mu.users, cm)
-		}
-		touched = append(touched, cm)
-	}
-	for cm := range configMaps {
-		if r.mu.users[cm] == nil {
-			r.mu.users[cm] = map[string]struct{}{}
-		}
-		if _, ok := r.mu.users[cm][pod]; !ok {
-			r.mu.users[cm][pod] = struct{}{}
-			touched = append(touched, cm)
-		}
-	}
-	if len(configMaps) == 0 {
-		delete(r.mu.pods, pod)
-	} else {
-		r.mu.pods[pod] = reference{node, configMaps}
-	}
-	return touched
-}
-
-// nodes lists the nodes that need the ConfigMap.
-func (r *references) nodes(configMap string) map[string]struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := map[string]struct{}{}
-	for pod := range r.mu.users[configMap] {
-		out[r.mu.pods[pod].node] = struct{}{}
-	}
-	return out
-}
-
-// pod brings the pod's topic up to date and gives the ConfigMaps to look at.
-func (d *desired) pod(ctx context.Context, name string) (touched []string, err error) {
-	owner := key{kindPod, name}
+// pod brings the pod's topic up to date and gives what has to be looked at with it.
+func (d *desired) pod(ctx context.Context, name string) (touched []key, err error) {
+	owner, tokens := key{kindPod, name}, key{kindToken, name}
 	p, ok := get[corev1.Pod](d.in.pods, name)
-	if !ok || !d.in.isEdge(p.Spec.NodeName) {
+	// A mirror pod says what runs at the node, not what should, and a node that
+	// made one must not get at the Secrets that it names.
+	if !ok || !d.in.isEdge(p.Spec.NodeName) || isMirrorPod(p) {
 		d.set(owner, nil)
-		return d.refs.set(name, "", nil), nil
+		return append(d.refs.set(name, "", nil), tokens), nil
 	}
 	node := p.Spec.NodeName
 	tp := topic.DesiredPod(node, p.Namespace, p.Name)
-	if stripped(p) {
-		// Its node became an edge node after the informer had seen the pod.
-		full, err := d.kube.CoreV1().Pods(p.Namespace).Get(ctx, p.Name, metav1.GetOptions{})
-		switch {
-		case apierrors.IsNotFound(err) || err == nil && full.UID != p.UID:
-			return nil, nil // an event follows
-		case err != nil:
-			d.keep(owner, tp)
-			return nil, fmt.Errorf("get pod %s: %w", name, err)
-		}
-		p = full
+	p, err = d.whole(ctx, p)
+	switch {
+	case err != nil:
+		d.keep(owner, tp)
+		return nil, err
+	case p == nil:
+		return nil, nil // an event follows
+	case isMirrorPod(p):
+		d.set(owner, nil)
+		return nil, nil
 	}
 	prev, _ := d.truth.before(tp)
 	uid := string(p.UID)
+	services := d.in.servicesFor(p)
+	// Only what was so when the pod came counts, as only new containers see it: a
+	// Service that changes must not send every pod of its namespace again.
+	var was payload.Pod
+	if len(prev) > 0 && payload.Decode(prev, &was) == nil && was.UID == uid {
+		services = was.Services
+	}
 	d.set(owner, map[topic.Topic][]byte{
-		tp: steady(prev, uid, rev(p.ResourceVersion), func(r int64) []byte { return encodePod(p, r) }),
+		tp: steady(prev, uid, rev(p.ResourceVersion), func(r int64) []byte { return encodePod(p, services, r) }),
 	})
-	return d.refs.set(name, node, configMapsOf(p)), nil
+	return append(d.refs.set(name, node, referencesOf(p)), tokens), nil
+}
+
+// whole gives a pod as it is, where the informer kept its key only: its node became
+// an edge node after the informer had seen it. nil is one that is gone.
+func (d *desired) whole(ctx context.Context, p *corev1.Pod) (*corev1.Pod, error) {
+	if !stripped(p) {
+		return p, nil
+	}
+	full, err := d.kube.CoreV1().Pods(p.Namespace).Get(ctx, p.Name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err) || err == nil && full.UID != p.UID:
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("get pod %s/%s: %w", p.Namespace, p.Name, err)
+	}
+	return full, nil
+}
+
+// servicesFor lists the Services that a pod's containers get environment variables
+// of, as the kubelet chooses them: those of the pod's namespace, unless it does
+// not want them, and the API server's, sorted by name.
+func (in *informers) servicesFor(p *corev1.Pod) []payload.Service {
+	found := map[string]payload.Service{}
+	add := func(key string) {
+		s, ok := get[corev1.Service](in.services, key)
+		if !ok || s.Spec.ClusterIP == "" || s.Spec.ClusterIP == corev1.ClusterIPNone {
+			return
+		}
+		out := payload.Service{Name: s.Name, IP: s.Spec.ClusterIP}
+		for _, port := range s.Spec.Ports {
+			out.Ports = append(out.Ports, payload.ServicePort{Name: port.Name, Port: port.Port, Protocol: string(port.Protocol)})
+		}
+		found[s.Name] = out
+	}
+	add(metav1.NamespaceDefault + "/kubernetes")
+	if p.Spec.EnableServiceLinks == nil || *p.Spec.EnableServiceLinks {
+		for _, key := range indexed(in.services, cache.NamespaceIndex, p.Namespace) {
+			add(key)
+		}
+	}
+	var out []payload.Service
+	for _, name := range slices.Sorted(maps.Keys(found)) {
+		out = append(out, found[name])
+	}
+	return out
 }
 
 // configMap brings the topics of a ConfigMap up to date, one per node that
 // needs it.
 func (d *desired) configMap(ctx context.Context, name string) error {
 	owner := key{kindConfigMap, name}
-	nodes := d.refs.nodes(name)
+	nodes := d.refs.nodes(owner)
 	m, ok := get[metav1.PartialObjectMetadata](d.in.configMaps, name)
 	if len(nodes) == 0 || !ok {
 		d.set(owner, nil)
@@ -219,7 +164,7 @@ func (d *desired) configMap(ctx context.Context, name string) error {
 			d.keep(owner, topics...)
 			return fmt.Errorf("get configmap %s: %w", name, err)
 		}
-		body = payload.Encode(configMapPayload{
+		body = payload.Encode(payload.ConfigMap{
 			UID: string(cm.UID), Rev: rev(cm.ResourceVersion), Namespace: ns, Name: short,
 			Data: cm.Data, BinaryData: cm.BinaryData,
 		})
@@ -237,7 +182,7 @@ func (d *desired) configMap(ctx context.Context, name string) error {
 func (d *desired) sameConfigMap(m *metav1.PartialObjectMetadata, topics []topic.Topic) ([]byte, bool) {
 	for _, tp := range topics {
 		prev, ok := d.truth.before(tp)
-		var p configMapPayload
+		var p payload.ConfigMap
 		if ok && payload.Decode(prev, &p) == nil && p.UID == string(m.UID) && p.Rev == rev(m.ResourceVersion) {
 			return prev, true
 		}

@@ -80,6 +80,7 @@ func (b *Bridge) connectTo(c client.Config) error {
 		{Filter: topic.Reported.AllNodes(), QoS: 1, RetainAsPublished: true},
 		{Filter: topic.OfKind("+", topic.KindSyncDesiredRequest), QoS: 1},
 		{Filter: topic.OfKind("+", topic.KindSyncReportedManifest), QoS: 1},
+		{Filter: topic.OfKind("+", topic.KindEventKubernetes), QoS: 1},
 		{Filter: topic.Filter(b.session.mu.marker), QoS: 1},
 	}
 	c.OnMessage = b.message
@@ -166,6 +167,7 @@ func (b *Bridge) synchronise(ctx context.Context) error {
 	}
 	b.startOnce.Do(func() { close(b.start) })
 	b.status.everything()
+	b.desired.renewTokens("") // those of links that came up meanwhile
 	b.ready.Store(true)
 	b.log.Info("in step with kubernetes and the broker", "held", len(held), "desired", b.truth.len())
 	return nil
@@ -289,6 +291,8 @@ func (b *Bridge) message(m client.Message) {
 		}
 	case topic.KindDesiredDigest:
 		b.hold(m)
+	case topic.KindEventKubernetes:
+		b.events.put(p, m.Payload)
 	default:
 		if d, ok := p.Direction(); ok && d == topic.Desired {
 			b.hold(m)
@@ -394,6 +398,10 @@ func (b *Bridge) reported(p topic.Parsed, m client.Message) {
 	}
 	if n.linkChanged {
 		b.outbox.AddNode(p.Node)
+		b.desired.renewTokens(p.Node)
+	}
+	if n.rekeyed {
+		b.desired.rekeyed(p.Node)
 	}
 	b.status.reported(n)
 }

@@ -33,7 +33,8 @@ type status struct {
 	// written holds objects that were written and that the informers do not
 	// show yet.
 	devices written[deviceObject]
-	pods    written[podReport]
+	pods    written[podWritten]
+	statics written[string] // why a static pod gets no mirror pod
 }
 
 func newStatus(kube kubernetes.Interface, dyn dynamic.Interface, in *informers, m *mirror, t *truth, p *pace, log *slog.Logger) *status {
@@ -88,6 +89,10 @@ func (s *status) reported(n news) {
 		}
 	case topic.KindReportedPod:
 		s.queue.Add(key{kindPod, n.object})
+		p, _ := get[corev1.Pod](s.in.pods, n.object)
+		if _, static := s.mirror.static(n.node, n.object); static || p != nil && isMirrorPod(p) && p.Spec.NodeName == n.node {
+			s.queue.Add(key{kindStatic, n.node + "/" + n.object})
+		}
 	default:
 		s.device(n.object, n.urgent)
 	}
@@ -113,36 +118,75 @@ func (s *status) everything() {
 	for _, d := range s.in.devices.GetIndexer().ListKeys() {
 		s.device(d, true)
 	}
-	for _, p := range s.in.pods.GetIndexer().ListKeys() {
-		s.pod(p)
+	for n := range nodes {
+		s.podsOf(n)
 	}
 }
 
 // pod plans what concerns a pod on an edge node.
 func (s *status) pod(name string) {
 	p, ok := get[corev1.Pod](s.in.pods, name)
-	if !ok || stripped(p) {
+	if !ok || !s.in.isEdge(p.Spec.NodeName) {
+		s.queue.Add(key{kindPod, name}) // to forget it
 		return
 	}
 	if p.DeletionTimestamp != nil {
 		s.queue.Add(key{kindPodEnded, name})
 	}
-	if _, ok := s.mirror.pod(p.Spec.NodeName, name); ok {
-		s.queue.Add(key{kindPod, name})
+	if isMirrorPod(p) {
+		s.queue.Add(key{kindStatic, p.Spec.NodeName + "/" + name})
+	}
+	s.queue.Add(key{kindPod, name})
+}
+
+// podsOf plans what concerns all pods of a node.
+func (s *status) podsOf(node string) {
+	for _, p := range indexed(s.in.pods, byNode, node) {
+		s.pod(p)
+	}
+	for _, p := range s.mirror.staticPods(node) {
+		s.queue.Add(key{kindStatic, node + "/" + p})
 	}
 }
 
 // watch registers the handlers that fill the queue, but for devices: see settled.
 func (s *status) watch() error {
-	if err := s.in.handle(s.in.pods, func(name string, _, _ any) { s.pod(name) }); err != nil {
+	if err := s.in.handle(s.in.pods, func(name string, was, is any) {
+		if p, ok := was.(*corev1.Pod); ok && is == nil && s.in.isEdge(p.Spec.NodeName) {
+			s.queue.Add(key{kindStatic, p.Spec.NodeName + "/" + name}) // what is still there gets its mirror again
+		}
+		if s.concernsEdge(was) || s.concernsEdge(is) {
+			s.pod(name)
+		}
+	}); err != nil {
 		return err
 	}
-	return s.in.handle(s.in.nodes, func(name string, was, _ any) {
+	return s.in.handle(s.in.nodes, func(name string, was, is any) {
 		s.queue.Add(key{kindNode, name})
 		if was == nil {
 			s.queue.Add(key{kindLease, name})
 		}
+		if was == nil || readyChanged(was, is) {
+			s.podsOf(name)
+		}
 	})
+}
+
+// concernsEdge tells whether a pod is on an edge node.
+func (s *status) concernsEdge(o any) bool {
+	p, ok := o.(*corev1.Pod)
+	return ok && s.in.isEdge(p.Spec.NodeName)
+}
+
+// readyChanged tells whether a Node became Ready or stopped being so.
+func readyChanged(was, is any) bool {
+	a, ok := was.(*corev1.Node)
+	b, ok2 := is.(*corev1.Node)
+	if !ok || !ok2 {
+		return false
+	}
+	ca, cb := nodeCondition(&a.Status, corev1.NodeReady), nodeCondition(&b.Status, corev1.NodeReady)
+	return ca.Status != cb.Status || ca.Reason != cb.Reason
 }
 
 // run is one worker.
@@ -183,6 +227,8 @@ func (s *status) do(ctx context.Context, k key) error {
 		return s.writePod(ctx, k.name)
 	case kindPodEnded:
 		return s.endPod(ctx, k.name)
+	case kindStatic:
+		return s.writeStatic(ctx, k.name)
 	default:
 		return nil
 	}

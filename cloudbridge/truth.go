@@ -15,15 +15,19 @@ const (
 	kindDevice kind = iota
 	kindPod
 	kindConfigMap
-	kindHeal     // key is a topic
-	kindNode     // key is a node
-	kindLease    // key is a node
-	kindPodEnded // key is a pod
-	kindGrace    // key is a node
+	kindSecret
+	kindToken    // name is a pod
+	kindHeal     // name is a topic
+	kindNode     // name is a node
+	kindLease    // name is a node
+	kindPodEnded // name is a pod
+	kindStatic   // name is node/namespace/pod
+	kindGrace    // name is a node
+	kindEvent    // name is namespace/id
 )
 
 func (k kind) String() string {
-	return [...]string{"device", "pod", "configmap", "heal", "node", "lease", "pod-ended", "grace"}[k]
+	return [...]string{"device", "pod", "configmap", "secret", "token", "heal", "node", "lease", "pod-ended", "static-pod", "grace", "event"}[k]
 }
 
 // key is one piece of work: which object is to be looked at again.

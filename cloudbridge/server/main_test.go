@@ -126,7 +126,8 @@ func startCluster(bin string) (_ *cluster, err error) {
 		c.dyn, err = dynamic.NewForConfig(c.rest)
 	}
 	if err == nil {
-		err = c.kubectl("apply", "-f", "../../schemas/crd", "-f", "../../deploy/cloud/rbac.yaml")
+		err = c.kubectl("apply", "-f", "../../schemas/crd", "-f", "../../deploy/cloud/rbac.yaml",
+			"-f", "../../deploy/cloud/policies.yaml", "-f", "../../deploy/cloud/policies-pods.yaml")
 	}
 	if err == nil {
 		err = c.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/devices.fairlead.dev", "crd/devicemodels.fairlead.dev")

@@ -37,11 +37,16 @@ type cloud struct {
 // deploy/cloud/rbac.yaml and no others.
 func start(t *testing.T, c *cluster, cfg server.Config) *cloud {
 	t.Helper()
+	return startLogged(t, c, cfg, slog.New(slog.NewTextHandler(t.Output(), nil)))
+}
+
+func startLogged(t *testing.T, c *cluster, cfg server.Config, log *slog.Logger) *cloud {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	listening := make(chan []string, 1)
 	ended := make(chan error, 1)
 	cfg.Kubeconfig = c.limited
-	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	cfg.Logger = log
 	cfg.Listening = func(a []string) { listening <- a }
 	go func() { ended <- server.Run(ctx, cfg) }()
 	cl := &cloud{}
@@ -577,7 +582,7 @@ func TestExternalBroker(t *testing.T) {
 		t.Fatal(err)
 	}
 	stale := topic.DesiredPod("ghost", "default", "old")
-	secret := topic.Parsed{Node: "ghost", Kind: topic.KindDesiredSecret, Namespace: "default", Name: "old"}.Topic()
+	secret := topic.DesiredSecret("ghost", "default", "old")
 	for _, tp := range []topic.Topic{stale, secret, topic.DesiredDigest("ghost"), "fl/ghost/desired/nothing/of/ours"} {
 		if err := ext.Publish(t.Context(), broker.Message{Topic: tp, Payload: []byte(`{"uid":"x"}`), QoS: 1, Retain: true}); err != nil {
 			t.Fatal(err)

@@ -253,6 +253,8 @@ func (e *Engine) put(key string, spec *corev1.Pod, w payload.Pod, static bool) {
 	p, ok := e.mu.pods[spec.UID]
 	if !ok {
 		p = e.newPodLocked(spec, static)
+		ended := corev1.PodPhase(w.Phase)
+		p.closed = !p.known && (ended == corev1.PodSucceeded || ended == corev1.PodFailed)
 	}
 	e.mu.desired[key] = p
 	e.mu.Unlock()

@@ -67,6 +67,7 @@ type pod struct {
 	refreshAt time.Time                      // when the volumes want to be looked at again; zero is never
 	progress  bool                           // the last sync did something
 	old       []*runtimeapi.PodSandboxStatus // dead sandboxes whose network is still there
+	closed    bool                           // it had ended before this node lost its memory: never again
 	done      bool                           // nothing of it is left
 }
 

@@ -43,7 +43,7 @@ func (p *pod) input(w *want, s *seen) podstatus.Input {
 // though nothing happens; zero is never.
 func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 	w := p.want()
-	if p.done {
+	if p.done || p.closed && !w.deleting() {
 		return next, nil
 	}
 	if w.ending != nil && w.ending.rejected && !w.deleting() && len(p.ids) == 0 {

@@ -14,7 +14,9 @@ type Node struct {
 	CPUs            int    `json:"cpus"`
 	MemoryBytes     uint64 `json:"memoryBytes"`
 	InternalAddress string `json:"internalAddress,omitempty"`
-	// Pods tells whether the agent runs pods.
+	// Pods tells whether the agent is set up to run pods. It stays true while the
+	// container runtime is down: of a node without pods the cloud takes deleted pods
+	// away by itself.
 	Pods bool `json:"pods"`
 	// StoreError is why nothing can be stored any more; empty while all is well.
 	StoreError string `json:"storeError,omitempty"`

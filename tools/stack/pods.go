@@ -57,6 +57,8 @@ func (s *Stack) StartPodEdge(ctx context.Context, e *Edge, extra ...string) (*Ed
 	return s.StartEdge(ctx, e, append([]string{
 		"--runtime", e.Runtime.Socket, "--cgroup-root", e.Runtime.Cgroup, "--pod-logs", filepath.Join(e.Runtime.Dir, "logs"),
 		"--static-pods", e.StaticPods(),
+		// As the stock kubelet's in devcluster: the disk of a developer is often full.
+		"--eviction-hard", "memory.available=100Mi,nodefs.available=1%,nodefs.inodesFree=1%,imagefs.available=1%,imagefs.inodesFree=1%",
 	}, extra...)...)
 }
 
@@ -129,7 +131,7 @@ func Containers(ctx context.Context, rt *testruntime.Runtime) ([]*runtimeapi.Con
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close() //nolint:errcheck // nothing was written
+	defer conn.Close()
 	l, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		return nil, fmt.Errorf("list the containers of %s: %w", rt.Socket, err)
@@ -143,7 +145,7 @@ func Sandboxes(ctx context.Context, rt *testruntime.Runtime) ([]*runtimeapi.PodS
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close() //nolint:errcheck // nothing was written
+	defer conn.Close()
 	l, err := runtimeapi.NewRuntimeServiceClient(conn).ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 	if err != nil {
 		return nil, fmt.Errorf("list the sandboxes of %s: %w", rt.Socket, err)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/fairlead-io/fairlead/schemas/crd"
+	"github.com/fairlead-io/fairlead/tools/testruntime"
 )
 
 // Config says where the programs and the data are.
@@ -39,7 +40,8 @@ type Stack struct {
 	// CloudMetrics is the address of the cloud's /metrics.
 	CloudMetrics string
 
-	parts []*Process
+	parts    []*Process
+	runtimes []*testruntime.Runtime
 }
 
 // Edge is a running edge node.
@@ -50,6 +52,9 @@ type Edge struct {
 	Bus     string
 	Dir     string
 	Metrics string
+	// Runtime is where its pods run, see [Stack.StartPodEdge]; nil for a node
+	// without pods.
+	Runtime *testruntime.Runtime
 	// Enter moves the calling thread to where the node's programs are to run, such
 	// as a network namespace; nil leaves them here. Bus is a unix:// one there.
 	Enter func() error
@@ -136,7 +141,7 @@ func (s *Stack) StartCluster(ctx context.Context) error {
 	if _, err := s.Kubectl(ctx, "wait", "--for=condition=Established", "crd/devices.fairlead.dev", "crd/devicemodels.fairlead.dev", "--timeout=60s"); err != nil {
 		return err
 	}
-	if _, err := s.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(s.Repo, "deploy", "cloud", "policies.yaml")); err != nil {
+	if _, err := s.Kubectl(ctx, append([]string{"apply", "--server-side"}, s.policies()...)...); err != nil {
 		return fmt.Errorf("apply the policies: %w", err)
 	}
 	return s.waitPolicies(ctx)
@@ -144,8 +149,13 @@ func (s *Stack) StartCluster(ctx context.Context) error {
 
 // DropPolicies takes the policies out of the cluster; StartCluster brings them back.
 func (s *Stack) DropPolicies(ctx context.Context) error {
-	_, err := s.Kubectl(ctx, "delete", "--ignore-not-found", "--wait=false", "--request-timeout=5s", "-f", filepath.Join(s.Repo, "deploy", "cloud", "policies.yaml"))
+	_, err := s.Kubectl(ctx, append([]string{"delete", "--ignore-not-found", "--wait=false", "--request-timeout=5s"}, s.policies()...)...)
 	return err
+}
+
+func (s *Stack) policies() []string {
+	dir := filepath.Join(s.Repo, "deploy", "cloud")
+	return []string{"-f", filepath.Join(dir, "policies.yaml"), "-f", filepath.Join(dir, "policies-pods.yaml")}
 }
 
 // probe is a Device that nobody creates.
@@ -235,7 +245,9 @@ func (s *Stack) StartEdge(ctx context.Context, e *Edge, extra ...string) (*Edge,
 			return nil, err
 		}
 		e.Bus, e.Metrics = fmt.Sprintf("127.0.0.1:%d", port), fmt.Sprintf("127.0.0.1:%d", mport)
-		e.Dir = filepath.Join(s.Dir, "edge-"+e.Node)
+		if e.Dir == "" {
+			e.Dir = filepath.Join(s.Dir, "edge-"+e.Node)
+		}
 	}
 	token := filepath.Join(s.Dir, e.Node+".token")
 	if _, err := os.Stat(token); err != nil {
@@ -314,6 +326,7 @@ func (s *Stack) Stop() {
 		s.parts[i].Stop()
 	}
 	s.parts = nil
+	s.stopRuntimes()
 }
 
 // waitTCP waits until the part accepts connections.

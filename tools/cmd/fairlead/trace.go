@@ -58,7 +58,7 @@ ours, those from payloads are not.`,
 			if err != nil {
 				return fmt.Errorf("%w; `fairlead topics` lists what there is", err)
 			}
-			if p.Kind == topic.KindEvent || p.Kind == topic.KindEventGap || strings.HasPrefix(p.Kind.String(), "sync/") {
+			if p.Kind.IsEvent() || strings.HasPrefix(p.Kind.String(), "sync/") {
 				return fmt.Errorf("%s is not state: nothing of it is retained, so there is nothing to follow", p.Kind)
 			}
 			ctx, cancel := follow(cmd.Context(), limit)
