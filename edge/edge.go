@@ -378,6 +378,9 @@ func watchNode(ctx context.Context, bus *broker.Broker, name string, self payloa
 		case <-tick.C:
 		case <-changed:
 		}
+		if pn != nil {
+			pn.whole() // which remembers it, if so
+		}
 		// A bus that is closing refuses; there is nobody to tell then.
 		_ = describe(ctx, bus, name, self, pn)
 	}

@@ -80,6 +80,7 @@ type podNode struct {
 	cfg     Config
 	log     *slog.Logger
 	bus     *broker.Broker
+	link    *link.Link // nil without a cloud
 	engine  *pods.Engine
 	key     *seal.Key
 	offer   node.Offer
@@ -93,7 +94,7 @@ type podNode struct {
 // is nil without a cloud.
 func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Registerer, log *slog.Logger) (*podNode, error) {
 	c := cfg.Pods
-	n := &podNode{cfg: cfg, log: log, bus: bus, changed: make(chan struct{}, 1)}
+	n := &podNode{cfg: cfg, log: log, bus: bus, link: l, changed: make(chan struct{}, 1)}
 	var err error
 	if n.key, err = sealKey(cfg.Dir); err != nil {
 		return nil, err
@@ -136,7 +137,7 @@ func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Reg
 		ClusterDNS: c.ClusterDNS, ClusterDomain: c.ClusterDomain, ParallelPulls: c.ParallelPulls,
 		Host: n.host, Changed: n.tell, Thresholds: thresholds, EvictionGrace: softGrace,
 		Shutdown: periods, Reserved: reserved,
-		Settled: func() bool { return n.whole(l) },
+		Settled: n.whole,
 		Metrics: reg, Logger: log,
 	})
 	return n, err
@@ -144,13 +145,15 @@ func newPodNode(cfg Config, bus *broker.Broker, l *link.Link, reg prometheus.Reg
 
 // whole tells whether the bus has all that the cloud wants of this node. A store
 // that was lost, or that never was in sync, has not: what it misses is no reason
-// to end a pod. A file in the data folder remembers it.
-func (n *podNode) whole(l *link.Link) bool {
+// to end a pod. A file in the store remembers it, so that it goes where the store goes:
+// one that was set aside, restored or repaired has none.
+func (n *podNode) whole() bool {
+	l := n.link
 	if l == nil || n.settled.Load() {
 		return true
 	}
-	mark := filepath.Join(n.cfg.Dir, "pods", ".synced")
-	if _, err := os.Stat(mark); err == nil && n.bus.SetAside() == "" {
+	mark := filepath.Join(n.cfg.Dir, "store", ".synced")
+	if _, err := os.Stat(mark); err == nil {
 		n.settled.Store(true)
 		return true
 	}
@@ -172,7 +175,7 @@ func (n *podNode) host() spec.Node {
 		n.log.Warn("not all is known of what the node offers", "error", err)
 	}
 	s := spec.Node{
-		CPUs: d.CPUs, Memory: int64(d.MemoryBytes), Allocatable: allocatable, AppArmor: node.AppArmor(), //nolint:gosec // a size
+		CPUs: d.CPUs, Memory: int64(d.MemoryBytes), Allocatable: allocatable, AppArmor: node.AppArmor(),
 		UnsafeSysctls: n.cfg.Pods.UnsafeSysctls, PodPIDLimit: n.cfg.Pods.MaxPIDs,
 		SeccompRoot: filepath.Join(n.cfg.Dir, "seccomp"), Devices: map[corev1.ResourceName][]spec.Device{},
 	}

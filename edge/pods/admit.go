@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -114,7 +113,8 @@ func (e *Engine) nodeObject() *corev1.Node {
 	}
 }
 
-// Evict ends a pod for good. It returns when nothing of it runs any more.
+// Evict ends a pod for good. It returns when nothing of it runs any more and its
+// volumes are gone.
 func (e *Engine) Evict(ctx context.Context, uid types.UID, f podstatus.Failure, grace *int64) error {
 	p := e.lookup(uid)
 	if p == nil {
@@ -125,15 +125,11 @@ func (e *Engine) Evict(ctx context.Context, uid types.UID, f podstatus.Failure, 
 			p.mu.ending = &ending{Failure: f, grace: grace}
 		}
 	})
-	for {
-		if p.over() {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(100 * time.Millisecond):
-		}
+	select {
+	case <-p.ended:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -170,22 +166,22 @@ func (e *Engine) desiredImages() []string {
 }
 
 // gone tells whether nobody wants a pod: only then what is left of it may go.
-func (e *Engine) gone(uid types.UID) bool { return e.settled() && e.lookup(uid) == nil }
-
-func (e *Engine) initLogs() { e.mu.logs = map[string]string{} }
+func (e *Engine) gone(uid types.UID) bool {
+	spared := e.spared.Load()
+	return e.settled() && e.lookup(uid) == nil && spared != nil && !(*spared)[uid]
+}
 
 // watchLogs notes whose logs are written.
 func (e *Engine) watchLogs(p *pod, s *seen) {
 	dir := spec.LogDirectory(p.spec(), e.node.Load())
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for id := range e.mu.logs {
-		if e.mu.ids[id] == p.uid {
-			delete(e.mu.logs, id)
-		}
-	}
+	var live []logs.Live
 	for _, c := range s.running() {
-		e.mu.logs[c.ID] = filepath.Join(dir, spec.LogPath(c.Name, uint32(c.Restarts))) //nolint:gosec // a count
+		live = append(live, logs.Live{ContainerID: c.ID, Path: filepath.Join(dir, spec.LogPath(c.Name, uint32(c.Restarts)))})
+	}
+	if e.mu.logs[p.uid] = live; live == nil {
+		delete(e.mu.logs, p.uid)
 	}
 }
 
@@ -193,9 +189,9 @@ func (e *Engine) watchLogs(p *pod, s *seen) {
 func (e *Engine) liveLogs() []logs.Live {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	out := make([]logs.Live, 0, len(e.mu.logs))
-	for id, path := range e.mu.logs {
-		out = append(out, logs.Live{ContainerID: id, Path: path})
+	var out []logs.Live
+	for _, live := range e.mu.logs {
+		out = append(out, live...)
 	}
 	return out
 }

@@ -22,7 +22,7 @@ func (b *backoff) left(finished, now time.Time) time.Duration {
 	if b.delay == 0 || finished.Sub(b.at) > backoffReset {
 		return 0
 	}
-	return max(0, b.delay-now.Sub(finished))
+	return min(max(0, b.delay-now.Sub(finished)), b.delay) // the clock may have been set back
 }
 
 // next raises the delay, for a start that goes ahead.

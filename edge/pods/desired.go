@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -194,6 +195,9 @@ func (e *Engine) desired(t topic.Topic, at topic.Parsed) {
 	e.mu.Lock()
 	old := e.mu.desired[key]
 	e.mu.Unlock()
+	if old != nil && old.static {
+		return // the node's own; what the cloud has of that name is its mirror
+	}
 	b, ok := e.bus.Retained(t)
 	if !ok {
 		e.drop(key, old)
@@ -242,6 +246,9 @@ func decodePod(b []byte) (*corev1.Pod, payload.Pod, error) {
 	if err := json.Unmarshal(w.Spec, &p.Spec); err != nil {
 		return nil, w, fmt.Errorf("spec: %w", err)
 	}
+	if strings.HasPrefix(w.UID, ".") || strings.ContainsAny(w.UID, "/\x00") {
+		return nil, w, fmt.Errorf("uid %q: want one that can name a folder", w.UID)
+	}
 	p.UID = types.UID(w.UID)
 	w.Metadata, w.Spec = nil, nil // read; not to be kept a second time
 	return p, w, nil
@@ -255,11 +262,19 @@ func (e *Engine) put(key string, spec *corev1.Pod, w payload.Pod, static bool) {
 		p = e.newPodLocked(spec, static)
 		ended := corev1.PodPhase(w.Phase)
 		p.closed = !p.known && (ended == corev1.PodSucceeded || ended == corev1.PodFailed)
+		p.mu.over = p.mu.over || p.closed
+		p.mu.working = true // nobody begins before it was admitted
+	} else if p.ends(topic.DesiredPod(e.cfg.Node, spec.Namespace, spec.Name)) {
+		e.mu.Unlock()
+		return
 	}
 	e.mu.desired[key] = p
 	e.mu.Unlock()
 	if !ok {
 		e.admit(p, spec)
+		p.mu.Lock()
+		p.mu.working = false
+		p.mu.Unlock()
 	}
 	p.update(func() {
 		p.mu.spec, p.mu.rev, p.mu.services, p.mu.gates, p.mu.wanted = spec, w.Rev, w.Services, w.Gates, true
@@ -267,10 +282,22 @@ func (e *Engine) put(key string, spec *corev1.Pod, w payload.Pod, static bool) {
 	})
 }
 
+// ends tells whether the pod is no longer wanted, and notes that it is again: it ends
+// nevertheless, as much of it is gone, and then begins anew.
+func (p *pod) ends(again topic.Topic) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mu.wanted {
+		return false
+	}
+	p.mu.again = again
+	return true
+}
+
 // newPodLocked makes the record of a pod, with what was reported of it before.
 func (e *Engine) newPodLocked(spec *corev1.Pod, static bool) *pod {
 	p := &pod{
-		e: e, uid: spec.UID, static: static,
+		e: e, uid: spec.UID, static: static, ended: make(chan struct{}), down: map[string]bool{},
 		topic: topic.ReportedPod(e.cfg.Node, spec.Namespace, spec.Name),
 		log:   e.log.With("pod", spec.Namespace+"/"+spec.Name, "uid", spec.UID),
 	}
@@ -280,6 +307,8 @@ func (e *Engine) newPodLocked(spec *corev1.Pod, static bool) *pod {
 		var r payload.ReportedPod
 		if payload.Decode(b, &r) == nil && r.UID == string(p.uid) && len(r.Status) > 0 {
 			p.known = json.Unmarshal(r.Status, &p.status) == nil
+			p.gone = r.Gone
+			p.mu.over = p.status.Phase == corev1.PodFailed || p.status.Phase == corev1.PodSucceeded
 		}
 	}
 	e.mu.pods[p.uid] = p
@@ -308,12 +337,38 @@ func (e *Engine) lookup(uid types.UID) *pod {
 func (e *Engine) forget(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.mu.pods, p.uid)
+	if e.mu.pods[p.uid] == p {
+		delete(e.mu.pods, p.uid)
+		delete(e.mu.logs, p.uid)
+	}
 	for k, o := range e.mu.desired {
 		if o == p {
 			delete(e.mu.desired, k)
 		}
 	}
+	spec := p.spec()
+	for _, o := range e.mu.pods {
+		if s := o.spec(); o.static && s.Namespace == spec.Namespace && s.Name == spec.Name {
+			o.wake() // it may have waited for this one
+		}
+	}
+}
+
+// inTurn tells whether a static pod has to wait until another one of its name, in
+// whose place it is, has ended.
+func (e *Engine) inTurn(p *pod) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	spec := p.spec()
+	for _, o := range e.mu.pods {
+		if o == p {
+			continue
+		}
+		if w := o.want(); !w.wanted && w.pod.Namespace == spec.Namespace && w.pod.Name == spec.Name {
+			return true
+		}
+	}
+	return false
 }
 
 // owner tells whether the pod is the one that its name stands for: another one of

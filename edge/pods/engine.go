@@ -119,20 +119,25 @@ type Engine struct {
 	stopped     atomic.Bool
 	relistNow   chan struct{}
 	prints      map[types.UID]string // what the last relist saw, by pod
+	// spared are pods that nobody here knows and that are not left over all the
+	// same: somebody else's, and those whose description cannot be read.
+	spared     atomic.Pointer[map[types.UID]bool]
+	staticRead atomic.Bool // the folder of static pods was read once
+	// pressure is evictor, for those who ask before it is there.
+	pressure atomic.Pointer[evict.Manager]
 
 	mu struct {
 		sync.Mutex
 		pods    map[types.UID]*pod
-		desired map[string]*pod      // by namespace/name: who has the name now
-		ids     map[string]types.UID // by sandbox or container
-		logs    map[string]string    // by container that runs: its log's path
+		desired map[string]*pod           // by namespace/name: who has the name now
+		ids     map[string]types.UID      // by sandbox or container
+		logs    map[types.UID][]logs.Live // of the containers that run
 	}
 }
 
 // New makes the engine. It does not touch the runtime yet.
 func New(cfg Config) (*Engine, error) {
-	switch {
-	case cfg.Node == "" || cfg.Dir == "" || cfg.Bus == nil || cfg.Runtime == "" || cfg.Key == nil || cfg.Host == nil:
+	if cfg.Node == "" || cfg.Dir == "" || cfg.Bus == nil || cfg.Runtime == "" || cfg.Key == nil || cfg.Host == nil {
 		return nil, errors.New("pods: Node, Dir, Bus, Runtime, Key and Host are required")
 	}
 	if cfg.Logger == nil {
@@ -153,8 +158,7 @@ func New(cfg Config) (*Engine, error) {
 		relistNow: make(chan struct{}, 1), gate: newGate(2 * runtime.NumCPU()),
 	}
 	e.mu.pods, e.mu.desired = map[types.UID]*pod{}, map[string]*pod{}
-	e.mu.ids = map[string]types.UID{}
-	e.initLogs()
+	e.mu.ids, e.mu.logs = map[string]types.UID{}, map[types.UID][]logs.Live{}
 	var err error
 	if e.metrics, err = newMetrics(cfg.Metrics, e); err != nil {
 		return nil, err
@@ -174,7 +178,9 @@ func (e *Engine) podsDir() string { return filepath.Join(e.cfg.Dir, "pods") }
 func (e *Engine) stopping() bool { return e.stopped.Load() }
 
 // settled tells whether what is not desired may be ended.
-func (e *Engine) settled() bool { return e.cfg.Settled() }
+func (e *Engine) settled() bool {
+	return e.cfg.Settled() && (e.cfg.StaticPods == "" || e.staticRead.Load())
+}
 
 // publish carries an event to the bus.
 func (e *Engine) publish(ev events.Event) error {
@@ -189,7 +195,7 @@ func (e *Engine) publish(ev events.Event) error {
 		Payload: payload.Encode(payload.KubernetesEvent{
 			ID: ev.ID, Kind: ev.Ref.Kind, Namespace: ev.Ref.Namespace, Name: ev.Ref.Name, UID: string(ev.Ref.UID), FieldPath: ev.Ref.FieldPath,
 			Reason: ev.Reason, Message: ev.Message, Type: ev.Type,
-			First: ev.First.UnixMilli(), Last: ev.Last.UnixMilli(), Count: int32(ev.Count), Component: ev.Component, //nolint:gosec // a count
+			First: ev.First.UnixMilli(), Last: ev.Last.UnixMilli(), Count: int32(ev.Count), Component: ev.Component,
 		}),
 		QoS: 1,
 	})
@@ -258,6 +264,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		p.wakeAt(time.Time{})
 	}
 	e.workers.Wait()
+	e.probes.Close()
 	stopOut()
 	outs.Wait()
 	return err

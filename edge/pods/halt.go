@@ -48,7 +48,7 @@ func (e *Engine) stopForShutdown(ctx context.Context, t shutdown.Termination) er
 	if t.Pod.Spec.RestartPolicy == corev1.RestartPolicyNever {
 		return e.Evict(ctx, t.Pod.UID, podstatus.Failure{Reason: t.Reason, Message: t.Message, Disruption: true}, &t.Grace)
 	}
-	p.update(func() { p.mu.halt = &t.Grace })
+	p.update(func() { p.mu.halt, p.mu.halted = &t.Grace, false }) // it may have stood still before, for a shutdown that was called off
 	for !p.over() && !p.halted() {
 		select {
 		case <-ctx.Done():

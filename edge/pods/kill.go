@@ -17,11 +17,20 @@ import (
 // grace is the pod's where it is nil.
 func (p *pod) stop(ctx context.Context, spec *corev1.Pod, s *seen, grace *int64) error {
 	running := s.running()
-	names := make([]string, len(running))
-	gone := map[string]chan struct{}{}
-	for i, c := range running {
-		names[i] = c.Name
-		gone[c.Name] = make(chan struct{})
+	var names []string
+	gone, left := map[string]chan struct{}{}, map[string]int{} // two of a name should not run, but must not hurt
+	for _, c := range running {
+		if left[c.Name]++; left[c.Name] == 1 {
+			names, gone[c.Name] = append(names, c.Name), make(chan struct{})
+		}
+	}
+	var mu sync.Mutex // of left
+	ended := func(name string) {
+		mu.Lock()
+		defer mu.Unlock()
+		if left[name]--; left[name] == 0 {
+			close(gone[name])
+		}
 	}
 	after := podstatus.KillAfter(spec, names)
 	var wg sync.WaitGroup
@@ -38,7 +47,7 @@ func (p *pod) stop(ctx context.Context, spec *corev1.Pod, s *seen, grace *int64)
 				}
 			}
 			if errs[i] = p.kill(ctx, spec, c, s.ips(), podstatus.Unspecified, "", grace, turn); errs[i] == nil {
-				close(gone[c.Name])
+				ended(c.Name)
 			}
 		})
 	}
@@ -50,6 +59,7 @@ func (p *pod) stop(ctx context.Context, spec *corev1.Pod, s *seen, grace *int64)
 		if err := p.e.cri.StopPodSandbox(ctx, b.Id); err != nil && !cri.IsNotFound(err) {
 			return fmt.Errorf("stop sandbox %.12s: %w", b.Id, err)
 		}
+		p.down[b.Id] = true
 	}
 	return nil
 }

@@ -76,25 +76,41 @@ func (e *Engine) watchRuntime(ctx context.Context) {
 	t := time.NewTimer(0)
 	defer t.Stop()
 	swept := time.Now()
+	var observed time.Time
 	for {
+		full := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-e.relistNow:
+			full = true
 		case <-t.C:
 		}
-		e.refreshNode()
-		err := e.relist(ctx)
+		if full = full || time.Since(observed) >= observeEvery; full {
+			e.refreshNode()
+		}
+		look, cancel := context.WithTimeout(ctx, lookTimeout)
+		err := e.relist(look)
+		cancel()
 		if ctx.Err() != nil {
 			return
 		}
+		before := e.RuntimeErr()
 		if err != nil {
-			e.log.Warn("the container runtime does not answer as it should, trying again", "runtime", e.cfg.Runtime, "error", err)
+			if before == nil { // not once a second for as long as it is away
+				e.log.Warn("the container runtime does not answer as it should, trying again", "runtime", e.cfg.Runtime, "error", err)
+			}
 			e.runtimeErr.Store(&err)
 		} else {
+			if before != nil {
+				e.log.Info("the container runtime answers again", "runtime", e.cfg.Runtime)
+			}
 			e.runtimeErr.Store(nil)
 		}
-		e.observe(ctx)
+		if full || (before == nil) != (err == nil) {
+			observed = time.Now()
+			e.observe(ctx)
+		}
 		if err == nil && time.Since(swept) >= relistEvery {
 			swept = time.Now()
 			if err := e.gc.Collect(ctx); err != nil && ctx.Err() == nil {
@@ -110,6 +126,8 @@ func (e *Engine) relistAfter() time.Duration {
 	switch {
 	case e.runtimeErr.Load() != nil || !e.cri.Eventful():
 		return relistBlind
+	case len(e.State().Problems) > 0: // such as a network that is not ready yet: nothing tells when it is
+		return observeEvery
 	default:
 		return relistEvery
 	}
@@ -206,7 +224,7 @@ func (e *Engine) removeLogs(p *corev1.Pod) error {
 }
 
 func (e *Engine) ensureLogs(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // log collectors run as other users, as with the stock kubelet
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("logs: %w", err)
 	}
 	return nil

@@ -99,6 +99,7 @@ func (e *Engine) open(ctx context.Context) error {
 		return fmt.Errorf("cgroups: %w", err)
 	}
 	e.evictor, e.shutdown = e.watchPressure(), e.watchShutdown()
+	e.pressure.Store(e.evictor)
 	e.log.Info("pods", "runtime", v.RuntimeName+"://"+v.RuntimeVersion, "cgroups", e.tree.Version(), "driver", driver)
 	return nil
 }

@@ -11,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
 	"github.com/fairlead-io/fairlead/schemas/payload"
@@ -28,6 +27,8 @@ type pod struct {
 	topic topic.Topic
 	// static is a pod from the node's own folder.
 	static bool
+	// ended is closed once nothing of it runs any more and its volumes are gone.
+	ended chan struct{}
 
 	mu struct {
 		sync.Mutex
@@ -40,6 +41,10 @@ type pod struct {
 		wanted bool
 		// ending is why the pod has to end although it is wanted; it never goes away.
 		ending *ending
+
+		// again is the topic of a description that came while the pod, no longer
+		// wanted, was ended: its turn is after the end.
+		again topic.Topic
 
 		over bool // it has ended: the last report says so
 		// halt is the grace, in seconds, with which it has to stand still while the
@@ -61,14 +66,15 @@ type pod struct {
 	waiting   map[string]podstatus.Waiting // by container, why it does not run; replaced, not changed
 	failures  int                          // syncs in a row that failed
 	dead      map[string]podstatus.Container
-	ids       []string                       // what the runtime has of it, as the engine was told
-	prepared  bool                           // cgroup and volumes are there
-	stale     bool                           // what the volumes are made of may have changed
-	refreshAt time.Time                      // when the volumes want to be looked at again; zero is never
-	progress  bool                           // the last sync did something
-	old       []*runtimeapi.PodSandboxStatus // dead sandboxes whose network is still there
-	closed    bool                           // it had ended before this node lost its memory: never again
-	done      bool                           // nothing of it is left
+	ids       []string        // what the runtime has of it, as the engine was told
+	prepared  bool            // cgroup and volumes are there
+	stale     bool            // what the volumes are made of may have changed
+	refreshAt time.Time       // when the volumes want to be looked at again; zero is never
+	progress  bool            // the last sync did something
+	down      map[string]bool // dead sandboxes whose network was given back
+	gone      bool            // it was reported as gone, and waits to be withdrawn
+	closed    bool            // it had ended before this node lost its memory: never again
+	done      bool            // nothing of it is left
 }
 
 // ending is why a pod has to end for good.
@@ -187,6 +193,10 @@ func (p *pod) work() {
 		case p.done:
 			p.e.forget(p)
 			p.wakeAt(time.Time{})
+			if again := p.again(); again != "" {
+				p.e.in.put(again)
+			}
+			return // and never works again: another one may have its UID now
 		case err != nil && interrupted:
 			p.wake() // there is something else to do now
 		case errors.Is(err, errArriving):
@@ -208,6 +218,24 @@ func (p *pod) work() {
 		p.mu.Lock()
 		p.mu.interrupt = nil
 		p.mu.Unlock()
+	}
+}
+
+func (p *pod) again() topic.Topic {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mu.again
+}
+
+// end says that nothing of the pod runs any more and its volumes are gone.
+func (p *pod) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mu.over = true
+	select {
+	case <-p.ended:
+	default:
+		close(p.ended)
 	}
 }
 

@@ -87,10 +87,10 @@ func (e *Engine) usage(ctx context.Context, pods []*corev1.Pod, what evict.What)
 				continue
 			}
 			u.Containers[s.GetAttributes().GetMetadata().GetName()] = evict.ContainerUsage{
-				Memory: int64(s.GetMemory().GetWorkingSetBytes().GetValue()), //nolint:gosec // a size
+				Memory: int64(s.GetMemory().GetWorkingSetBytes().GetValue()),
 				Root: evict.Files{
-					Bytes:  int64(s.GetWritableLayer().GetUsedBytes().GetValue()),  //nolint:gosec // a size
-					Inodes: int64(s.GetWritableLayer().GetInodesUsed().GetValue()), //nolint:gosec // a count
+					Bytes:  int64(s.GetWritableLayer().GetUsedBytes().GetValue()),
+					Inodes: int64(s.GetWritableLayer().GetInodesUsed().GetValue()),
 				},
 			}
 		}

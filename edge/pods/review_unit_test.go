@@ -8,6 +8,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/fairlead-io/fairlead/edge/pods/logs"
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
 	"github.com/fairlead-io/fairlead/edge/pods/spec"
 )
@@ -27,7 +28,7 @@ func TestLiveLogs(t *testing.T) {
 	e := &Engine{}
 	e.node.Store(&spec.Node{LogRoot: t.TempDir()})
 	e.mu.pods, e.mu.desired, e.mu.ids = map[types.UID]*pod{}, map[string]*pod{}, map[string]types.UID{}
-	e.initLogs()
+	e.mu.logs = map[types.UID][]logs.Live{}
 	p := &pod{e: e, uid: "u"}
 	p.mu.spec = &corev1.Pod{}
 	p.mu.spec.Namespace, p.mu.spec.Name, p.mu.spec.UID = "default", "a", "u"

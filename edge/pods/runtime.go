@@ -16,6 +16,7 @@ import (
 
 	"github.com/fairlead-io/fairlead/edge/pods/cri"
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
+	"github.com/fairlead-io/fairlead/schemas/topic"
 )
 
 const (
@@ -31,6 +32,12 @@ const (
 	// events should have said it; relistBlind where it has none.
 	relistEvery = time.Minute
 	relistBlind = time.Second
+	// observeEvery is how often, at most, the node as a whole is looked at where
+	// nothing has happened: more than what runs, and it costs more.
+	observeEvery = 5 * time.Second
+	// lookTimeout is how long the runtime has to answer when it is looked at as a
+	// whole: one that hangs is to be seen in the node's conditions soon.
+	lookTimeout = 30 * time.Second
 )
 
 // seen is what the runtime has of a pod.
@@ -51,7 +58,15 @@ func (p *pod) look(ctx context.Context) (*seen, error) {
 		return nil, fmt.Errorf("list the containers: %w", err)
 	}
 	s := &seen{}
+	// Their ids first: what changes from now on is heard of.
 	ids := make([]string, 0, len(sandboxes)+len(containers))
+	for _, x := range sandboxes {
+		ids = append(ids, x.Id)
+	}
+	for _, x := range containers {
+		ids = append(ids, x.Id)
+	}
+	p.e.learn(p, ids)
 	for _, x := range sandboxes {
 		st, err := p.e.cri.PodSandboxStatus(ctx, x.Id)
 		if cri.IsNotFound(err) {
@@ -61,7 +76,6 @@ func (p *pod) look(ctx context.Context) (*seen, error) {
 			return nil, fmt.Errorf("status of sandbox %.12s: %w", x.Id, err)
 		}
 		s.sandboxes = append(s.sandboxes, st)
-		ids = append(ids, x.Id)
 	}
 	dead := map[string]podstatus.Container{}
 	for _, x := range containers {
@@ -80,12 +94,10 @@ func (p *pod) look(ctx context.Context) (*seen, error) {
 			dead[x.Id] = c // it never changes again
 		}
 		s.containers = append(s.containers, c)
-		ids = append(ids, x.Id)
 	}
 	p.dead = dead
 	slices.SortStableFunc(s.sandboxes, func(a, b *runtimeapi.PodSandboxStatus) int { return cmp.Compare(b.CreatedAt, a.CreatedAt) })
 	slices.SortStableFunc(s.containers, func(a, b podstatus.Container) int { return b.Created.Compare(a.Created) })
-	p.e.learn(p, ids)
 	return s, nil
 }
 
@@ -216,7 +228,7 @@ func (e *Engine) askRelist() {
 // something differs and takes care of what belongs to no pod.
 func (e *Engine) relist(ctx context.Context) error {
 	mine := map[string]string{labelNode: e.cfg.Node}
-	sandboxes, err := e.cri.ListPodSandbox(ctx, &runtimeapi.PodSandboxFilter{LabelSelector: mine})
+	sandboxes, err := e.cri.ListPodSandbox(ctx, nil) // others' too: their logs may be in the same folder
 	if err != nil {
 		return fmt.Errorf("list the sandboxes: %w", err)
 	}
@@ -224,6 +236,7 @@ func (e *Engine) relist(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the containers: %w", err)
 	}
+	spared := map[types.UID]bool{}
 	found := map[types.UID][]string{}
 	orphans := map[types.UID]*orphan{}
 	note := func(labels map[string]string, id, state string) {
@@ -236,6 +249,10 @@ func (e *Engine) relist(ctx context.Context) error {
 		}
 	}
 	for _, s := range sandboxes {
+		if s.Labels[labelNode] != e.cfg.Node {
+			spared[types.UID(s.GetMetadata().GetUid())] = true
+			continue
+		}
 		note(s.Labels, s.Id, s.State.String())
 	}
 	for _, c := range containers {
@@ -255,7 +272,28 @@ func (e *Engine) relist(ctx context.Context) error {
 	if err := e.traces(orphans); err != nil {
 		return err
 	}
+	for uid, o := range orphans {
+		if e.described(o) {
+			spared[uid] = true
+			delete(orphans, uid)
+		}
+	}
+	e.spared.Store(&spared)
 	return e.adopt(ctx, orphans)
+}
+
+// described tells whether the bus has a description of what looks like an orphan:
+// one that cannot be read, or that has only just come.
+func (e *Engine) described(o *orphan) bool {
+	if o.name == "" {
+		return false
+	}
+	b, ok := e.bus.Retained(topic.DesiredPod(e.cfg.Node, o.namespace, o.name))
+	if !ok {
+		return false
+	}
+	pod, _, err := decodePod(b)
+	return err != nil || pod.UID == o.uid
 }
 
 // orphan is something in the runtime or on the disk that belongs to no pod: its
@@ -282,10 +320,11 @@ func (e *Engine) adopt(ctx context.Context, orphans map[types.UID]*orphan) error
 		p, ok := e.mu.pods[o.uid]
 		if !ok {
 			p = e.newPodLocked(spec, false)
+			p.mu.wanted = false
 		}
 		e.mu.Unlock()
 		if !ok {
-			p.update(func() { p.mu.wanted = false })
+			p.wake()
 		}
 	}
 	return errors.Join(errs...)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"strings"
 	"time"
@@ -138,6 +139,7 @@ func (p *pod) backOff(pod *corev1.Pod, c *corev1.Container, s *seen) (until time
 	key := c.Name + "/" + spec.Hash(c) // another definition is another container
 	b := p.backoffs[key]
 	if b == nil {
+		maps.DeleteFunc(p.backoffs, func(k string, _ *backoff) bool { return strings.HasPrefix(k, c.Name+"/") })
 		b = &backoff{}
 		p.backoffs[key] = b
 	}
@@ -157,8 +159,11 @@ func (p *pod) backOff(pod *corev1.Pod, c *corev1.Container, s *seen) (until time
 func (p *pod) start(ctx context.Context, w *want, s *seen, r *run, c *corev1.Container, target string) error {
 	pod, about := w.pod, containerRef(w.pod, c)
 	fail := func(reason, event, message string, err error) error {
+		if ctx.Err() != nil {
+			return ctx.Err() // interrupted, which is no reason for anything
+		}
 		p.waits(c.Name, reason, message)
-		if event != "" && ctx.Err() == nil {
+		if event != "" {
 			p.event(about, corev1.EventTypeWarning, event, "Error: "+message)
 		}
 		return fmt.Errorf("%s: %w", reason, err)
@@ -315,13 +320,18 @@ func (p *pod) configError(err error, fail func(reason, event, message string, er
 // before, which the runtime has, or, where it lost it, the last report.
 func (p *pod) attempt(s *seen, c *corev1.Container) uint32 {
 	if old, ok := s.latest(c.Name); ok {
-		return uint32(old.Restarts) + 1 //nolint:gosec // a count
+		return uint32(old.Restarts) + 1
 	}
 	for _, list := range [][]corev1.ContainerStatus{p.status.InitContainerStatuses, p.status.ContainerStatuses, p.status.EphemeralContainerStatuses} {
 		for i := range list {
-			if st := &list[i]; st.Name == c.Name && st.ContainerID != "" {
-				return uint32(st.RestartCount) + 1 //nolint:gosec // a count
+			st := &list[i]
+			if st.Name != c.Name || st.ContainerID == "" {
+				continue
 			}
+			if st.State.Waiting != nil && st.LastTerminationState.Terminated == nil {
+				return uint32(st.RestartCount)
+			}
+			return uint32(st.RestartCount) + 1
 		}
 	}
 	return 0

@@ -30,8 +30,8 @@ func (e *Engine) State() State {
 		if e.halting.Load() {
 			out.Problems = append(slices.Clone(out.Problems), node.ErrShutdown)
 		}
-		if e.evictor != nil { // made before the first state
-			out.Pressure = e.evictor.Conditions()
+		if m := e.pressure.Load(); m != nil { // nil before the runtime has answered once
+			out.Pressure = m.Conditions()
 		}
 		return out
 	}
@@ -43,7 +43,12 @@ func (e *Engine) Refresh() { e.askRelist() }
 
 // observe finds out how the runtime is.
 func (e *Engine) observe(ctx context.Context) {
-	st, err := e.cri.Status(ctx, false)
+	if ctx.Err() != nil {
+		return
+	}
+	limited, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	st, err := e.cri.Status(limited, false)
 	if ctx.Err() != nil {
 		return
 	}
@@ -51,7 +56,7 @@ func (e *Engine) observe(ctx context.Context) {
 	if r := e.node.Load().Runtime; r.Name != "" {
 		s.Runtime = r.Name + "://" + r.Version
 	}
-	if s.Images, err = e.cri.ListImages(ctx, nil); err != nil {
+	if s.Images, err = e.cri.ListImages(limited, nil); err != nil {
 		s.Images = e.State().Images
 	}
 	e.state.Store(&s)

@@ -52,6 +52,7 @@ func (m *manifests) scan() {
 		m.e.log.Warn("static pods cannot be read, trying again", "folder", m.e.cfg.StaticPods, "error", err)
 		return
 	}
+	m.e.staticRead.Store(true)
 	present := map[string]bool{}
 	for _, d := range entries {
 		name := d.Name()
@@ -70,8 +71,8 @@ func (m *manifests) scan() {
 		}
 		present[path] = true
 		old, had := m.files[path]
-		if had && old.size == st.Size() && old.changed.Equal(st.ModTime()) {
-			continue
+		if had && old.size == st.Size() && old.changed.Equal(st.ModTime()) && (old.uid == "" || m.e.lookup(old.uid) != nil) {
+			continue // else its pod was ended before the file came back
 		}
 		now := manifest{size: st.Size(), changed: st.ModTime(), key: old.key, uid: old.uid}
 		if pod, err := readManifest(path, st.Size(), m.e.cfg.Node); err != nil {
@@ -82,12 +83,19 @@ func (m *manifests) scan() {
 		}
 		m.files[path] = now
 	}
+	gone := false
 	for path, old := range m.files {
 		if present[path] {
 			continue
 		}
 		delete(m.files, path)
 		m.drop(old)
+		gone = true
+	}
+	for path, f := range m.files {
+		if gone && f.uid == "" {
+			delete(m.files, path) // it may have been ignored because of the one that is gone
+		}
 	}
 }
 
@@ -213,7 +221,7 @@ func defaults(p *corev1.Pod) {
 			}
 		}
 	}
-	mode, path := int32(corev1.ConfigMapVolumeSourceDefaultMode), corev1.HostPathUnset
+	mode, path := corev1.ConfigMapVolumeSourceDefaultMode, corev1.HostPathUnset
 	for i := range s.Volumes {
 		v := &s.Volumes[i].VolumeSource
 		switch {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/fairlead-io/fairlead/edge/pods/cri"
 	"github.com/fairlead-io/fairlead/edge/pods/podstatus"
@@ -50,11 +51,24 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 		in := p.input(&w, &seen{})
 		status, _ := podstatus.Compute(in)
 		p.report(&w, status, false)
+		p.end()
 		return next, nil
+	}
+	if p.gone && w.wanted && w.deleting() { // it waits for the cloud's word
+		p.report(&w, p.status, true)
+		return next, nil
+	}
+	if p.static && !w.deleting() && p.e.inTurn(p) {
+		return next, nil // the one before has the ports and the folders
 	}
 	s, err := p.look(ctx)
 	if err != nil {
 		return next, err
+	}
+	if !w.deleting() {
+		if err := p.discard(ctx, s); err != nil {
+			return next, err
+		}
 	}
 	in := p.input(&w, s)
 	status, terminal := podstatus.Compute(in)
@@ -69,14 +83,14 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 		next = d
 	}
 	actions := podstatus.Next(in, status)
+	p.watchProbes(&w, s) // what runs is probed though something else is missing
 	due, err := p.prepare(ctx, &w)
 	next = sooner(next, due)
 	if err != nil {
 		return next, err
 	}
 	if actions.None() {
-		p.watchProbes(&w, s)
-		return next, p.clear(ctx)
+		return next, p.clear(ctx, s)
 	}
 	due, err = p.act(ctx, &w, s, &actions)
 	next = sooner(next, due)
@@ -96,10 +110,32 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 		return next, err
 	}
 	p.report(&w, status, false)
-	if err == nil && p.progress {
-		p.wake() // there may be more to do, such as the next init container
+	if p.progress {
+		if err == nil {
+			p.wake() // there may be more to do, such as the next init container
+		}
+		return next, err
 	}
-	return next, err
+	return next, errors.Join(err, p.clear(ctx, after))
+}
+
+// discard removes containers that were made and never started, by an agent that was
+// killed or a sync that was interrupted. Nobody will start them any more, they must
+// not count as restarts, and one that the runtime starts after all must not run
+// beside its successor.
+func (p *pod) discard(ctx context.Context, s *seen) error {
+	var left []podstatus.Container
+	for _, c := range s.containers {
+		if c.State != runtimeapi.ContainerState_CONTAINER_CREATED {
+			left = append(left, c)
+			continue
+		}
+		if err := p.remove(ctx, c.ID); err != nil {
+			return err
+		}
+	}
+	s.containers = left
+	return nil
 }
 
 // sooner gives the earlier of two times, of which zero is never.
@@ -175,7 +211,6 @@ func (p *pod) act(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (
 		// The sandbox is dead already, as after a reboot: the new one does not wait
 		// until the old one's network is taken down.
 		p.event(podRef(pod), corev1.EventTypeNormal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
-		p.old = s.sandboxes
 	case a.KillPod:
 		if a.CreateSandbox {
 			p.event(podRef(pod), corev1.EventTypeNormal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
@@ -224,20 +259,27 @@ func (p *pod) act(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (
 	return p.startAll(ctx, w, s, a, run)
 }
 
-// clear takes down the sandboxes that others have taken the place of.
-func (p *pod) clear(ctx context.Context) error {
-	for len(p.old) > 0 {
-		if err := p.e.gate.enter(ctx, toClear); err != nil {
-			return err
+// clear gives back the network of sandboxes that died by themselves, as in a power
+// cut: each once, whoever made it.
+func (p *pod) clear(ctx context.Context, s *seen) error {
+	down := map[string]bool{}
+	for _, b := range s.sandboxes {
+		if ready(b) {
+			continue
 		}
-		err := p.e.cri.StopPodSandbox(ctx, p.old[0].Id)
-		p.e.gate.leave()
-		if err != nil && !cri.IsNotFound(err) {
-			return fmt.Errorf("stop sandbox %.12s: %w", p.old[0].Id, err)
+		if !p.down[b.Id] {
+			if err := p.e.gate.enter(ctx, toClear); err != nil {
+				return err
+			}
+			err := p.e.cri.StopPodSandbox(ctx, b.Id)
+			p.e.gate.leave()
+			if err != nil && !cri.IsNotFound(err) {
+				return fmt.Errorf("stop sandbox %.12s: %w", b.Id, err)
+			}
 		}
-		p.old = p.old[1:]
+		down[b.Id] = true
 	}
-	p.old = nil
+	p.down = down
 	return nil
 }
 
@@ -317,8 +359,9 @@ func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodSta
 	pod := w.pod
 	p.e.probes.Ending(p.uid)
 	var grace *int64
-	if w.ending != nil {
-		grace = w.ending.grace
+	if w.ending != nil && w.ending.grace != nil {
+		g := w.grace() // the user may have asked for less meanwhile
+		grace = &g
 	}
 	if alive(s) {
 		if err := p.stop(ctx, pod, s, grace); err != nil {
@@ -343,14 +386,18 @@ func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodSta
 	if w.wanted {
 		p.report(w, status, false)
 	}
+	if err := p.clear(ctx, s); err != nil {
+		return err
+	}
 	if err := p.e.volumes.TearDown(ctx, p.uid); err != nil {
 		return fmt.Errorf("volumes: %w", err)
 	}
 	if err := p.e.tree.RemovePod(ctx, p.uid); err != nil {
 		return fmt.Errorf("cgroup: %w", err)
 	}
-	p.prepared, p.old = false, nil
+	p.prepared = false
 	p.e.images.Forget(p.uid)
+	p.end()
 	if !w.deleting() {
 		return nil // its dead containers stay for their logs, until it is deleted
 	}
@@ -374,8 +421,13 @@ func (p *pod) finish(ctx context.Context, w *want, s *seen, status corev1.PodSta
 	}
 	p.e.learn(p, nil)
 	if w.wanted {
+		p.gone = true
 		p.report(w, status, true)
 		return nil
+	}
+	// What is still to be stored must not come after the end.
+	if err := p.e.out.settle(ctx, p.topic); err != nil {
+		return err
 	}
 	p.retract()
 	if err := p.e.out.settle(ctx, p.topic); err != nil { // else it would look like an orphan's
@@ -392,7 +444,12 @@ func alive(s *seen) bool {
 			return true
 		}
 	}
-	return len(s.running()) > 0
+	for _, c := range s.containers {
+		if c.State == runtimeapi.ContainerState_CONTAINER_RUNNING || c.State == runtimeapi.ContainerState_CONTAINER_UNKNOWN {
+			return true
+		}
+	}
+	return false
 }
 
 // waits notes why a container does not run.

@@ -68,8 +68,7 @@ type Runtime struct {
 // cannot run.
 func Start(t testing.TB) *Runtime {
 	t.Helper()
-	// Not t.TempDir(): the path of a unix socket has 107 bytes at most.
-	dir, err := os.MkdirTemp("", "flr")
+	dir, err := os.MkdirTemp("", "flr") //nolint:usetesting // the path of a unix socket has 107 bytes at most
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -52,8 +52,8 @@ var sources = []source{
 
 // Watch calls changed with the ID of each container and sandbox that has started,
 // ended or been removed, as soon as the CRI says so, and with "" whenever changes
-// may have been missed: once it has connected, and again after a lost connection.
-// It runs until ctx ends. changed must not block; calls do not overlap.
+// may have been missed: once it has connected, when the connection is lost, and when
+// it is back. It runs until ctx ends. changed must not block; calls do not overlap.
 func (c *Client) Watch(ctx context.Context, changed func(id string)) {
 	defer c.eventful.Store(false)
 	blind := false
@@ -72,6 +72,7 @@ func (c *Client) Watch(ctx context.Context, changed func(id string)) {
 			}
 			if lost = heard || IsUnavailable(err); lost {
 				c.log.Warn("the runtime's events have ended; will subscribe again", "source", s.name, "error", err)
+				changed("") // whoever looks learns that the runtime is away
 				break
 			}
 			c.log.Debug("no events of this kind from the runtime", "source", s.name, "error", err)
@@ -152,6 +153,8 @@ func (c *Client) follow(ctx context.Context, s source, changed func(id string)) 
 	defer again.Stop()
 	for {
 		select {
+		case <-ctx.Done():
+			return heard, ctx.Err() // the reader may have ended with a change in its hands
 		case err := <-end:
 			return heard, err
 		case ch := <-changes:

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"strconv"
+	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -131,7 +132,9 @@ func messageFile(s *runtimeapi.ContainerStatus) (message string, ok bool) {
 }
 
 func readEnd(name string, limit int64) ([]byte, error) {
-	f, err := os.Open(name)
+	// A container may have put something else there, such as a FIFO, which nobody
+	// would ever write to.
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -139,6 +142,9 @@ func readEnd(name string, limit int64) ([]byte, error) {
 	st, err := f.Stat()
 	if err != nil {
 		return nil, err
+	}
+	if !st.Mode().IsRegular() && !st.IsDir() { // reading a folder says itself that it is one
+		return nil, &fs.PathError{Op: "read", Path: name, Err: errors.New("not a regular file")}
 	}
 	if n := st.Size(); n > limit {
 		if _, err := f.Seek(n-limit, io.SeekStart); err != nil {

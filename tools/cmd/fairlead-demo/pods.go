@@ -57,7 +57,11 @@ func (d *demo) podFlags() []string {
 	if rt == nil {
 		return nil
 	}
-	return []string{"--runtime", rt.Socket, "--cgroup-root", rt.Cgroup, "--pod-logs", filepath.Join(rt.Dir, "logs")}
+	return []string{
+		"--runtime", rt.Socket, "--cgroup-root", rt.Cgroup, "--pod-logs", filepath.Join(rt.Dir, "logs"),
+		// A developer's disk is often too full for the default thresholds.
+		"--eviction-hard", "memory.available=100Mi,nodefs.available=2%,imagefs.available=2%",
+	}
 }
 
 // deploy deploys the mapper, as anybody would: with kubectl apply.
