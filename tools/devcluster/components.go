@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -30,6 +31,7 @@ import (
 	apiserveroptions "k8s.io/kubernetes/cmd/kube-apiserver/app/options"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
+	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
 
 	"github.com/fairlead-io/fairlead/tools/devcluster/controlplane"
 )
@@ -52,6 +54,12 @@ func runControllerManager(args []string) int {
 
 func runScheduler(args []string) int {
 	cmd := scheduler.NewSchedulerCommand()
+	cmd.SetArgs(args)
+	return cli.Run(cmd)
+}
+
+func runKubelet(args []string) int {
+	cmd := kubelet.NewKubeletCommand(context.Background())
 	cmd.SetArgs(args)
 	return cli.Run(cmd)
 }

@@ -16,6 +16,10 @@
 //	devcluster run --dir DIR --stop-on-stdin-close    # or until the starter is gone
 //	devcluster kubectl --kubeconfig DIR/kubeconfig get namespaces
 //
+// Run the stock kubelet as one of its nodes, on a container runtime that runs:
+//
+//	devcluster kubelet --cluster DIR --dir DIR2 --node NAME --runtime unix:///run/containerd/containerd.sock
+//
 // Called through a link whose name is kubectl, it is kubectl.
 //
 // The components run as child processes of the same binary, because each of them
@@ -45,6 +49,8 @@ import (
 const usage = `devcluster: a real Kubernetes control plane in one binary
 
   devcluster run --dir DIR [flags]   run it until SIGINT or SIGTERM ("run -h" lists the flags)
+  devcluster kubelet --cluster DIR --dir DIR2 --node NAME --runtime SOCKET [flags]
+                                     run a stock kubelet as one of its nodes, as root ("kubelet -h" lists the flags)
   devcluster kubectl ARGS...         kubectl of the same version
   devcluster version                 print the Kubernetes version
 
@@ -64,6 +70,8 @@ func main() {
 	switch name {
 	case "run":
 		os.Exit(runCluster(args))
+	case "kubelet":
+		os.Exit(runNode(args))
 	case "kubectl":
 		runKubectl(args)
 	case "version":
@@ -78,6 +86,8 @@ func main() {
 		os.Exit(runControllerManager(args))
 	case string(controlplane.Scheduler):
 		os.Exit(runScheduler(args))
+	case string(controlplane.Kubelet):
+		os.Exit(runKubelet(args))
 	default:
 		fmt.Fprintf(os.Stderr, "devcluster: unknown command %q\n\n%s", name, usage)
 		os.Exit(2)
@@ -94,23 +104,15 @@ func runCluster(args []string) int {
 	flags.StringVar(&bind, "bind", "127.0.0.1", "IP address the API server listens on; 0.0.0.0 for all")
 	flags.IntVar(&opts.Port, "port", 0, "TCP port of the API server; 0 takes the port of the last run, or a free one if that is in use")
 	flags.StringVar(&opts.LogFile, "log-file", "", "file for the log lines of all components (default DIR/log)")
-	flags.BoolVar(&stopOnStdinClose, "stop-on-stdin-close", false, "also stop when standard input is closed: with a pipe held open by the starter, the cluster goes away when the starter does, even on kill -9")
+	stopOnStdinCloseVar(flags, &stopOnStdinClose)
 	flags.Func("apiserver-arg", "further flag for kube-apiserver, such as --v=2 (repeatable)", appendTo(&opts.APIServerArgs))
 	flags.Func("controller-manager-arg", "further flag for kube-controller-manager (repeatable)", appendTo(&opts.ControllerManagerArgs))
 	flags.Func("scheduler-arg", "further flag for kube-scheduler (repeatable)", appendTo(&opts.SchedulerArgs))
-	if err := flags.Parse(args); err != nil {
-		return 2
-	}
-	if flags.NArg() > 0 {
-		fmt.Fprintf(os.Stderr, "devcluster run: unexpected argument %q; all settings are flags, see devcluster run -h\n", flags.Arg(0))
-		return 2
+	if code := parse(flags, args); code != 0 {
+		return code
 	}
 	if opts.Bind = net.ParseIP(bind); opts.Bind == nil {
 		fmt.Fprintf(os.Stderr, "devcluster run: --bind %q is not an IP address; give one such as 127.0.0.1\n", bind)
-		return 2
-	}
-	if v := version.Get().GitVersion; strings.Contains(v, "$Format") {
-		fmt.Fprintf(os.Stderr, "devcluster run: built without its Kubernetes version (%s); build with the -ldflags in README.md, else clients cannot parse it\n", v)
 		return 2
 	}
 	opts.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
@@ -118,6 +120,56 @@ func runCluster(args []string) int {
 		fmt.Printf("ready kubeconfig=%s server=%s after=%.1fs\n", r.Kubeconfig, r.Server, r.After.Seconds())
 	}
 
+	return supervise(stopOnStdinClose, opts.Logger, func(ctx context.Context) error { return controlplane.Run(ctx, opts) })
+}
+
+// runNode is the command "kubelet"; it returns the exit code.
+func runNode(args []string) int {
+	var opts controlplane.KubeletOptions
+	var stopOnStdinClose bool
+	flags := flag.NewFlagSet("devcluster kubelet", flag.ExitOnError)
+	flags.StringVar(&opts.Cluster, "cluster", "", "the --dir of a devcluster that runs on this machine (required)")
+	flags.StringVar(&opts.Dir, "dir", "", "folder for the kubelet's data, certificates and log; created if missing; its path is part of sockets' paths, so keep it short (required)")
+	flags.StringVar(&opts.Node, "node", "", "name of the node (required)")
+	flags.StringVar(&opts.Runtime, "runtime", "", "CRI socket of the container runtime, for this kubelet alone (required)")
+	stopOnStdinCloseVar(flags, &stopOnStdinClose)
+	flags.StringVar(&opts.CgroupRoot, "cgroup-root", "", "cgroup below which it keeps its pods, shared with no other node; created if missing (default /NODE)")
+	flags.StringVar(&opts.Binary, "binary", "", "kubelet to run in place of the one in this binary, such as a build of ./kubelet that shares no memory with other components")
+	flags.Func("taint", "taint the node registers with, key=value:effect or key:effect (repeatable)", appendTo(&opts.Taints))
+	flags.Func("kubelet-arg", "further flag for the kubelet, such as --v=4 (repeatable)", appendTo(&opts.Args))
+	if code := parse(flags, args); code != 0 {
+		return code
+	}
+	opts.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	opts.Ready = func(r controlplane.KubeletReady) {
+		fmt.Printf("ready node=%s pid=%d after=%.1fs\n", opts.Node, r.PID, r.After.Seconds())
+	}
+	return supervise(stopOnStdinClose, opts.Logger, func(ctx context.Context) error { return controlplane.RunKubelet(ctx, opts) })
+}
+
+func stopOnStdinCloseVar(flags *flag.FlagSet, v *bool) {
+	flags.BoolVar(v, "stop-on-stdin-close", false, "also stop when standard input is closed: with a pipe held open by the starter, all goes away when the starter does, even on kill -9")
+}
+
+// parse reads the flags of a command; it returns an exit code, 0 to go on.
+func parse(flags *flag.FlagSet, args []string) int {
+	if err := flags.Parse(args); err != nil {
+		return 2
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "%s: unexpected argument %q; all settings are flags, see %[1]s -h\n", flags.Name(), flags.Arg(0))
+		return 2
+	}
+	if v := version.Get().GitVersion; strings.Contains(v, "$Format") {
+		fmt.Fprintf(os.Stderr, "%s: built without its Kubernetes version (%s); build with the -ldflags in README.md, else clients cannot parse it\n", flags.Name(), v)
+		return 2
+	}
+	return 0
+}
+
+// supervise runs until a signal, or the end of standard input where that is
+// asked for; it returns the exit code.
+func supervise(stopOnStdinClose bool, logger *slog.Logger, run func(context.Context) error) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	// The second signal finds the default handler and ends the process at once;
@@ -130,12 +182,12 @@ func runCluster(args []string) int {
 		// Reads until the end of the process: a blocked read of stdin cannot be joined.
 		go func() {
 			controlplane.DrainUntilClosed(os.Stdin)
-			opts.Logger.Info("standard input is closed")
+			logger.Info("standard input is closed")
 			cancel()
 		}()
 	}
 
-	if err := controlplane.Run(ctx, opts); err != nil {
+	if err := run(ctx); err != nil {
 		fmt.Fprintf(os.Stderr, "devcluster: %v\n", err) // several lines, which slog would quote
 		if errors.Is(err, controlplane.ErrUsage) {
 			return 2

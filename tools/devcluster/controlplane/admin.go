@@ -84,17 +84,28 @@ func newAdminClient(server string, p *pki) (*adminClient, error) {
 
 // poll gives nil once all paths have answered 200.
 func (c *adminClient) poll(paths ...string) <-chan error {
+	return c.pollUntil(func() bool {
+		for len(paths) > 0 {
+			if code, _ := c.get(paths[0]); code != http.StatusOK {
+				return false
+			}
+			paths = paths[1:]
+		}
+		return true
+	})
+}
+
+// pollUntil gives nil once ok has said true.
+func (c *adminClient) pollUntil(ok func() bool) <-chan error {
 	done := make(chan error, 1)
 	c.polls <- struct{}{}
 	go func() {
 		defer func() { <-c.polls }()
-		for _, path := range paths {
-			for !c.ok(path) {
-				select {
-				case <-c.ctx.Done():
-					return
-				case <-time.After(pollInterval):
-				}
+		for !ok() {
+			select {
+			case <-c.ctx.Done():
+				return
+			case <-time.After(pollInterval):
 			}
 		}
 		done <- nil
@@ -102,18 +113,23 @@ func (c *adminClient) poll(paths ...string) <-chan error {
 	return done
 }
 
-func (c *adminClient) ok(path string) bool {
+// get gives the status code, 0 where there was no whole answer: the server is
+// not listening yet, or being stopped.
+func (c *adminClient) get(path string) (int, []byte) {
 	req, err := http.NewRequestWithContext(c.ctx, http.MethodGet, c.server+path, nil)
 	if err != nil {
-		return false
+		return 0, nil
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return false // not listening yet, or being stopped
+		return 0, nil
 	}
 	defer resp.Body.Close()
-	_, err = io.Copy(io.Discard, resp.Body)
-	return err == nil && resp.StatusCode == http.StatusOK
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
+	if err != nil {
+		return 0, nil
+	}
+	return resp.StatusCode, body
 }
 
 // close ends a poll that still runs and waits for it.

@@ -28,6 +28,7 @@ func apiServerArgs(dir folder, opts Options) []string {
 		"--service-account-signing-key-file=" + pki("sa.key"),
 		"--kubelet-client-certificate=" + pki("apiserver-kubelet-client.crt"),
 		"--kubelet-client-key=" + pki("apiserver-kubelet-client.key"),
+		"--kubelet-preferred-address-types=InternalIP,ExternalIP,Hostname", // names of nodes are in no DNS
 		// Extension API servers: fills the ConfigMap
 		// kube-system/extension-apiserver-authentication.
 		"--requestheader-client-ca-file=" + pki("front-proxy-ca.crt"),

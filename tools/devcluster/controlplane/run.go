@@ -84,7 +84,7 @@ func Run(ctx context.Context, opts Options) (err error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	dir, err := newFolder(opts.Dir)
+	dir, err := newFolder(opts.Dir, "etcd")
 	if err != nil {
 		return err
 	}
@@ -185,20 +185,25 @@ func DrainUntilClosed(r io.Reader) {
 // folder is the Dir of [Options], absolute.
 type folder struct{ root string }
 
-func newFolder(dir string) (folder, error) {
+// newFolder makes a folder with pki, run and further ones in it.
+func newFolder(dir string, further ...string) (folder, error) {
 	root, err := filepath.Abs(dir)
 	if err != nil {
 		return folder{}, fmt.Errorf("absolute path of %q: %w", dir, err)
 	}
 	f := folder{root: root}
-	for _, d := range []string{f.root, f.path("pki"), f.path("run"), f.path("etcd")} {
+	closed := []string{f.path("pki"), f.path("run")}
+	for _, d := range further {
+		closed = append(closed, f.path(d))
+	}
+	for _, d := range append([]string{f.root}, closed...) {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return folder{}, fmt.Errorf("create folder: %w; choose a --dir that this user may write", err)
 		}
 	}
 	// The folder may have existed: keys and etcd's socket are safe only if nobody
 	// else can enter.
-	for _, d := range []string{f.path("pki"), f.path("run"), f.path("etcd")} {
+	for _, d := range closed {
 		if err := os.Chmod(d, 0o700); err != nil {
 			return folder{}, fmt.Errorf("close folder to others: %w; choose a --dir that this user owns", err)
 		}

@@ -108,11 +108,11 @@ func TestLogWriterNamesLinesAndKeepsErrors(t *testing.T) {
 }
 
 func TestChildEnv(t *testing.T) {
-	got := childEnv([]string{"A=1", "HTTPS_PROXY=http://proxy", "http_proxy=http://proxy", "NO_PROXY=x"})
+	got := childEnv(APIServer, []string{"A=1", "HTTPS_PROXY=http://proxy", "http_proxy=http://proxy", "NO_PROXY=x"})
 	if want := []string{"A=1", "NO_PROXY=x", "GOGC=50"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	got = childEnv([]string{"GOGC=100"})
+	got = childEnv(APIServer, []string{"GOGC=100"})
 	if want := []string{"GOGC=100"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
