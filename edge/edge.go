@@ -245,6 +245,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		cfg.Ready(addrs)
 	}
 	g.Go(func() error { return engine.Run(ctx, bus) })
+	g.Go(func() error { letGo(ctx, log); return nil })
 	g.Go(func() error { return watchNode(ctx, bus, cfg.Node, self, pn) })
 	if pn != nil {
 		g.Go(func() error { return pn.run(ctx) })

@@ -220,6 +220,9 @@ func (n *podNode) describe(self *payload.Node) {
 	if addrs, err := node.Addresses(self.Hostname, n.ips); err == nil {
 		self.Addresses = nil
 		for _, a := range addrs {
+			if a.Type == corev1.NodeHostName {
+				a.Address = n.cfg.Node // its label kubernetes.io/hostname, as with the kubelet's --hostname-override
+			}
 			self.Addresses = append(self.Addresses, payload.NodeAddress{Type: string(a.Type), Address: a.Address})
 		}
 	}

@@ -174,10 +174,13 @@ func (l *Link) Run(ctx context.Context) error {
 		}
 	}
 	// What the cloud has of us is not known; the digest finds out. Assuming
-	// that it has everything makes an equal set cost nothing.
+	// that it has everything makes an equal set cost nothing. Every topic is looked
+	// at once more when its turn comes: one that is dropped before the watch
+	// begins does not show there.
 	for _, m := range l.bus.RetainedMatch(topic.Reported.All(l.cfg.Node)) {
 		if reported(m.Topic) {
 			l.out.Assume(m.Topic, m.Payload)
+			l.out.Touch(m.Topic)
 		}
 	}
 	stop, err := l.bus.Watch(ctx, topic.Reported.All(l.cfg.Node), func(m broker.Message) {

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -238,6 +239,35 @@ func TestOffWhileBothChange(t *testing.T) {
 	s.put(pressure, `{"v":9,"t":9}`)
 	s.run(w.URL)
 	agree(s, cloud, b)
+}
+
+// What is dropped while the link starts, after it looked what there is and before
+// it watches, is dropped in the cloud too.
+func TestDroppedAtStart(t *testing.T) {
+	cloud, b, w, s := together(t)
+	s.stop()
+	busy, free := make(chan struct{}), make(chan struct{})
+	release := sync.OnceFunc(func() { close(free) })
+	t.Cleanup(release)
+	dropped := make(chan error, 1)
+	go func() {
+		dropped <- s.bus.Do(context.Background(), func() []broker.Message {
+			close(busy)
+			<-free // the link can look, but not watch
+			return []broker.Message{retained(pressure, nil)}
+		})
+	}()
+	<-busy
+	s.run(w.URL)
+	eventually(t, "the link has looked", func() bool { return slices.Contains(s.link.out.Assumed(plant), pressure) })
+	release()
+	if err := <-dropped; err != nil {
+		t.Fatal(err)
+	}
+	agree(s, cloud, b)
+	if _, ok := cloud.Retained(pressure); ok {
+		t.Error("the cloud has a topic that the node does not")
+	}
 }
 
 // A cloud that lost its memory costs the node nothing, and gets everything back.

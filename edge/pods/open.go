@@ -141,7 +141,8 @@ func (e *Engine) fill(n *spec.Node, v *runtimeapi.VersionResponse, st *runtimeap
 		}
 		return
 	}
-	n.Runtime = spec.Runtime{Name: v.RuntimeName, Version: v.RuntimeVersion}
+	version, _, _ := strings.Cut(v.RuntimeVersion, "~") // without Debian's
+	n.Runtime = spec.Runtime{Name: v.RuntimeName, Version: version}
 	for _, h := range st.GetRuntimeHandlers() {
 		if n.Runtime.Handlers == nil {
 			n.Runtime.Handlers = map[string]spec.Handler{}

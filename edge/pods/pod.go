@@ -73,6 +73,7 @@ type pod struct {
 	progress  bool            // the last sync did something
 	down      map[string]bool // dead sandboxes whose network was given back
 	gone      bool            // it was reported as gone, and waits to be withdrawn
+	late      bool            // its deadline has passed, and the event says so
 	closed    bool            // it had ended before this node lost its memory: never again
 	done      bool            // nothing of it is left
 }
@@ -262,6 +263,9 @@ func (p *pod) report(w *want, s corev1.PodStatus, gone bool) {
 	}
 	p.e.out.report(p.topic, payload.Encode(r))
 }
+
+// ended tells whether a phase is a pod's last.
+func ended(p corev1.PodPhase) bool { return p == corev1.PodFailed || p == corev1.PodSucceeded }
 
 // retract says nothing of the pod any more, unless another pod of its name has
 // taken the topic over.

@@ -72,6 +72,10 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 	}
 	in := p.input(&w, s)
 	status, terminal := podstatus.Compute(in)
+	if d := podstatus.Deadline(w.pod, &in.Previous); terminal && !p.late && !d.IsZero() && !in.Now.Before(d) && !ended(in.Previous.Phase) {
+		p.late = true
+		p.event(podRef(w.pod), corev1.EventTypeNormal, podstatus.DeadlineExceeded, podstatus.DeadlineExceededMessage)
+	}
 	if w.deleting() || w.ending != nil || terminal {
 		return next, p.finish(ctx, &w, s, status)
 	}

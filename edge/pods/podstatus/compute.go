@@ -2,6 +2,7 @@ package podstatus
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -44,7 +45,10 @@ func Compute(in Input) (status corev1.PodStatus, terminal bool) {
 	if in.Stopped {
 		in.settle(&s)
 	}
-	s.Conditions = in.conditions(&s)
+	if s.Conditions = in.conditions(&s); in.Stopped && len(old.Conditions) > 0 && !in.everStarted() {
+		// As with the kubelet, the end of a pod that never began is no news about it.
+		s.Conditions = slices.DeleteFunc(slices.Clone(old.Conditions), func(c corev1.PodCondition) bool { return c.Type == corev1.DisruptionTarget })
+	}
 	terminal = terminalPhase(s.Phase)
 	if terminal && !terminalPhase(old.Phase) && in.couldRun() {
 		s.Phase, s.Reason, s.Message = old.Phase, old.Reason, old.Message
@@ -87,6 +91,11 @@ func (in *Input) decidePhase(s *corev1.PodStatus) {
 	if in.Failed != nil {
 		s.Phase, s.Reason, s.Message = corev1.PodFailed, in.Failed.Reason, in.Failed.Message
 	}
+}
+
+// everStarted: some container of the pod was started.
+func (in *Input) everStarted() bool {
+	return slices.ContainsFunc(in.Containers, func(c Container) bool { return !c.Started.IsZero() })
 }
 
 // settle gives a stopped pod its end: what nobody has seen end counts as failed,
