@@ -46,8 +46,13 @@ func Compute(in Input) (status corev1.PodStatus, terminal bool) {
 		in.settle(&s)
 	}
 	if s.Conditions = in.conditions(&s); in.Stopped && len(old.Conditions) > 0 && !in.everStarted() {
-		// As with the kubelet, the end of a pod that never began is no news about it.
-		s.Conditions = slices.DeleteFunc(slices.Clone(old.Conditions), func(c corev1.PodCondition) bool { return c.Type == corev1.DisruptionTarget })
+		// As with the kubelet, the end of a pod that never began is no news of its
+		// readiness.
+		for i, c := range s.Conditions {
+			if was := condition(old.Conditions, c.Type); was != nil && (c.Type == corev1.PodReady || c.Type == corev1.ContainersReady) {
+				s.Conditions[i] = *was
+			}
+		}
 	}
 	terminal = terminalPhase(s.Phase)
 	if terminal && !terminalPhase(old.Phase) && in.couldRun() {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -101,6 +102,9 @@ func newSide(t *testing.T, name, role string, n *node) *side {
 	}
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		t.Fatal(err)
+	}
+	if name == "propagation" {
+		shared(t, s.dir)
 	}
 	s.names = map[string]string{
 		"HOSTPORT": fmt.Sprint(s.port), "HOSTDIR": s.dir, "NODE": n.name, "RUNTIMECLASS": s.ns, "CASE": name,
@@ -383,4 +387,13 @@ func (n *node) waitReady(ctx context.Context) error {
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+}
+
+// shared makes a folder a shared mount, whatever the one is that it lies on.
+func shared(t *testing.T, dir string) {
+	t.Helper()
+	if err := errors.Join(unix.Mount(dir, dir, "", unix.MS_BIND, ""), unix.Mount("", dir, "", unix.MS_SHARED, "")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
 }

@@ -364,6 +364,7 @@ var normalForms = []struct {
 	{regexp.MustCompile(`kube-api-access-[a-z0-9]{5}`), "kube-api-access-X"},
 	{regexp.MustCompile(`\b([0-9.]+(ms|s))( \([0-9.]+(ms|s) including waiting\))`), "T (T including waiting)"},
 	{regexp.MustCompile(`(read|dial) tcp [0-9.:]+->`), "$1 tcp LOCAL->"},
+	{regexp.MustCompile(`\bused: [0-9]+`), "used: N"}, // by the cases that run at the time
 }
 
 // normalizer makes what two nodes say about the same manifest comparable; names
