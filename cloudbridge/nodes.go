@@ -63,7 +63,7 @@ func newNode(name string, r *payload.Node) *corev1.Node {
 func nodeStatus(prev *corev1.NodeStatus, v nodeView, now time.Time) *corev1.NodeStatus {
 	s := prev.DeepCopy()
 	if r := v.node; r != nil {
-		s.NodeInfo.MachineID, s.NodeInfo.BootID = r.MachineID, r.BootID
+		s.NodeInfo.MachineID, s.NodeInfo.SystemUUID, s.NodeInfo.BootID = r.MachineID, r.SystemUUID, r.BootID
 		s.NodeInfo.KernelVersion, s.NodeInfo.OSImage = r.Kernel, r.OSImage
 		s.NodeInfo.OperatingSystem, s.NodeInfo.Architecture = r.OS, r.Arch
 		s.NodeInfo.KubeletVersion = "fairlead-" + strings.TrimPrefix(r.Agent, "fairlead-")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -16,7 +17,7 @@ import (
 )
 
 // encodePod trims a pod to what its node needs.
-func encodePod(p *corev1.Pod, services []payload.Service, rev int64) []byte {
+func encodePod(p *corev1.Pod, services []payload.Service, handler string, rev int64) []byte {
 	m := metav1.ObjectMeta{
 		Namespace: p.Namespace, Name: p.Name, UID: p.UID, Labels: p.Labels, Generation: p.Generation,
 		CreationTimestamp: p.CreationTimestamp, DeletionTimestamp: p.DeletionTimestamp,
@@ -26,7 +27,7 @@ func encodePod(p *corev1.Pod, services []payload.Service, rev int64) []byte {
 		m.Annotations = maps.Clone(p.Annotations)
 		delete(m.Annotations, lastApplied) // the whole pod once more
 	}
-	out := payload.Pod{UID: string(p.UID), Rev: rev, Metadata: payload.Encode(m), Spec: payload.Encode(p.Spec), Services: services}
+	out := payload.Pod{UID: string(p.UID), Rev: rev, Metadata: payload.Encode(m), Spec: payload.Encode(p.Spec), Services: services, Handler: handler}
 	if terminal(p.Status.Phase) {
 		out.Phase = string(p.Status.Phase)
 	}
@@ -77,15 +78,22 @@ func (d *desired) pod(ctx context.Context, name string) (touched []key, err erro
 	}
 	prev, _ := d.truth.before(tp)
 	uid := string(p.UID)
-	services := d.in.servicesFor(p)
+	services, handler := d.in.servicesFor(p), ""
 	// Only what was so when the pod came counts, as only new containers see it: a
 	// Service that changes must not send every pod of its namespace again.
 	var was payload.Pod
 	if len(prev) > 0 && payload.Decode(prev, &was) == nil && was.UID == uid {
-		services = was.Services
+		services, handler = was.Services, was.Handler
+	}
+	// A class's handler cannot change: who has it need not ask again.
+	if handler == "" && p.DeletionTimestamp == nil && !terminal(p.Status.Phase) {
+		if handler, err = d.runtimeHandler(ctx, p); err != nil {
+			d.keep(owner, tp)
+			return nil, err
+		}
 	}
 	d.set(owner, map[topic.Topic][]byte{
-		tp: steady(prev, uid, rev(p.ResourceVersion), func(r int64) []byte { return encodePod(p, services, r) }),
+		tp: steady(prev, uid, rev(p.ResourceVersion), func(r int64) []byte { return encodePod(p, services, handler, r) }),
 	})
 	return append(d.refs.set(name, node, referencesOf(p)), tokens), nil
 }
@@ -104,6 +112,27 @@ func (d *desired) whole(ctx context.Context, p *corev1.Pod) (*corev1.Pod, error)
 		return nil, fmt.Errorf("get pod %s/%s: %w", p.Namespace, p.Name, err)
 	}
 	return full, nil
+}
+
+// classRetry is how often a RuntimeClass that does not exist is asked for again.
+const classRetry = time.Minute
+
+// runtimeHandler gives the handler of the pod's RuntimeClass, "" where it names none
+// or one that does not exist.
+func (d *desired) runtimeHandler(ctx context.Context, p *corev1.Pod) (string, error) {
+	name := p.Spec.RuntimeClassName
+	if name == nil || *name == "" {
+		return "", nil
+	}
+	c, err := d.kube.NodeV1().RuntimeClasses().Get(ctx, *name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err): // the API server admits no such pod; the class went afterwards
+		d.pods.AddAfter(key{kindPod, p.Namespace + "/" + p.Name}, classRetry)
+		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("pod %s/%s: get runtimeclass %s: %w", p.Namespace, p.Name, *name, err)
+	}
+	return c.Handler, nil
 }
 
 // servicesFor lists the Services that a pod's containers get environment variables

@@ -697,6 +697,7 @@ func TestNodeObject(t *testing.T) {
 	r.Allocatable = map[string]string{"cpu": "3500m", "memory": "900Mi", "pods": "20", "fairlead.dev/rs485": "2"}
 	r.Conditions = append(r.Conditions, payload.NodeCondition{Type: "MemoryPressure", Status: "True", Reason: "KubeletHasInsufficientMemory", Message: "low", Since: 5})
 	r.Addresses = []payload.NodeAddress{{Type: "InternalIP", Address: "192.0.2.9"}, {Type: "InternalIP", Address: "2001:db8::9"}, {Type: "Hostname", Address: "gw"}}
+	r.MachineID, r.SystemUUID, r.BootID = "machine", "system", "boot"
 	r.Runtime, r.SwapBytes, r.VolumesInUse = "containerd://1.6.20", 1<<20, []string{"kubernetes.io/csi/x^1"}
 	for range 60 {
 		r.Images = append(r.Images, payload.NodeImage{Names: []string{"fairlead.test/i"}, Size: 7})
@@ -715,6 +716,9 @@ func TestNodeObject(t *testing.T) {
 		if q := s.Capacity[name]; q.Cmp(resource.MustParse(want)) != 0 {
 			t.Errorf("capacity %s: %s, want %s", name, q.String(), want)
 		}
+	}
+	if i := s.NodeInfo; i.MachineID != "machine" || i.SystemUUID != "system" || i.BootID != "boot" {
+		t.Errorf("%+v", i)
 	}
 	if q := s.Allocatable["cpu"]; q.String() != "3500m" || len(s.Capacity) != 6 {
 		t.Errorf("allocatable %v, capacity %v", s.Allocatable, s.Capacity)

@@ -23,10 +23,11 @@ import (
 func Describe(agent string) payload.Node {
 	n := payload.Node{
 		Agent: agent, OS: runtime.GOOS, Arch: runtime.GOARCH, CPUs: CPUs(),
-		MachineID: first("/etc/machine-id", "/var/lib/dbus/machine-id"),
-		BootID:    first("/proc/sys/kernel/random/boot_id"),
-		Kernel:    first("/proc/sys/kernel/osrelease"),
-		OSImage:   osRelease("PRETTY_NAME"),
+		MachineID:  first("/etc/machine-id", "/var/lib/dbus/machine-id"),
+		BootID:     first("/proc/sys/kernel/random/boot_id"),
+		Kernel:     first("/proc/sys/kernel/osrelease"),
+		OSImage:    osRelease("PRETTY_NAME"),
+		SystemUUID: SystemUUID(),
 	}
 	n.Hostname, _ = os.Hostname()
 	var si syscall.Sysinfo_t

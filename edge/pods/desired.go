@@ -277,7 +277,7 @@ func (e *Engine) put(key string, spec *corev1.Pod, w payload.Pod, static bool) {
 		p.mu.Unlock()
 	}
 	p.update(func() {
-		p.mu.spec, p.mu.rev, p.mu.services, p.mu.gates, p.mu.wanted = spec, w.Rev, w.Services, w.Gates, true
+		p.mu.spec, p.mu.rev, p.mu.services, p.mu.gates, p.mu.handler, p.mu.wanted = spec, w.Rev, w.Services, w.Gates, w.Handler, true
 		p.mu.refresh = true // its labels and annotations may be in a volume
 	})
 }

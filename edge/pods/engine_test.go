@@ -166,6 +166,12 @@ func (s *site) publish(t topic.Topic, b []byte) {
 // apply publishes a pod as the cloud does.
 func (s *site) apply(p *corev1.Pod) {
 	s.t.Helper()
+	s.applyHandler(p, "")
+}
+
+// applyHandler does so for a pod whose RuntimeClass has a handler.
+func (s *site) applyHandler(p *corev1.Pod, handler string) {
+	s.t.Helper()
 	s.rev++
 	m, err := json.Marshal(p.ObjectMeta)
 	if err != nil {
@@ -175,7 +181,7 @@ func (s *site) apply(p *corev1.Pod) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.publish(topic.DesiredPod(node, p.Namespace, p.Name), payload.Encode(payload.Pod{UID: string(p.UID), Rev: s.rev, Metadata: m, Spec: sp}))
+	s.publish(topic.DesiredPod(node, p.Namespace, p.Name), payload.Encode(payload.Pod{UID: string(p.UID), Rev: s.rev, Metadata: m, Spec: sp, Handler: handler}))
 }
 
 // withdraw takes a pod out of the desired state.

@@ -207,10 +207,30 @@ func (e *Engine) refreshNode() {
 	e.node.Store(&n)
 }
 
+// nodeFor is the node as it is for a pod: with the handler of the pod's RuntimeClass.
+func (e *Engine) nodeFor(pod *corev1.Pod) *spec.Node {
+	n, class := e.node.Load(), pod.Spec.RuntimeClassName
+	if class == nil || *class == "" {
+		return n
+	}
+	p := e.lookup(pod.UID)
+	if p == nil {
+		return n
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mu.handler == "" {
+		return n
+	}
+	out := *n
+	out.Runtime.Classes = map[string]string{*class: p.mu.handler}
+	return &out
+}
+
 // recursiveReadOnly tells whether the pod's runtime handler has recursive
 // read-only mounts.
 func (e *Engine) recursiveReadOnly(pod *corev1.Pod) bool {
-	n := e.node.Load()
+	n := e.nodeFor(pod)
 	return n.Runtime.Handlers[n.RuntimeHandler(pod)].RecursiveReadOnly
 }
 

@@ -37,6 +37,7 @@ type pod struct {
 		// more of the payload
 		services []payload.Service
 		gates    map[string]string
+		handler  string
 		// wanted is false once the description is gone.
 		wanted bool
 		// ending is why the pod has to end although it is wanted; it never goes away.

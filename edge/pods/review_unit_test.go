@@ -51,3 +51,25 @@ func TestLiveLogs(t *testing.T) {
 		t.Errorf("logs of nobody: %v", l)
 	}
 }
+
+// TestNodeFor: what the runtime can do for a pod is what its class's handler can,
+// and one pod's handler is nobody else's.
+func TestNodeFor(t *testing.T) {
+	e := &Engine{}
+	e.node.Store(&spec.Node{Runtime: spec.Runtime{Handlers: map[string]spec.Handler{"slim": {RecursiveReadOnly: true}}}})
+	e.mu.pods = map[types.UID]*pod{}
+	class := func(uid types.UID, handler string) *corev1.Pod {
+		p := &pod{}
+		p.mu.handler = handler
+		e.mu.pods[uid] = p
+		out := &corev1.Pod{Spec: corev1.PodSpec{RuntimeClassName: new("fast")}}
+		out.UID = uid
+		return out
+	}
+	if !e.recursiveReadOnly(class("a", "slim")) {
+		t.Error("the handler's abilities do not count")
+	}
+	if e.recursiveReadOnly(class("b", "")) || e.recursiveReadOnly(&corev1.Pod{}) || e.node.Load().Runtime.Classes != nil {
+		t.Error("another pod has the handler's abilities")
+	}
+}

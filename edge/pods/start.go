@@ -33,9 +33,14 @@ func said(err error) string { return status.Convert(err).Message() }
 
 // sandbox gives the sandbox to start containers in, and makes it where it is not there.
 func (p *pod) sandbox(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (*run, error) {
-	n := p.e.node.Load()
 	pod := w.pod
+	n := p.e.nodeFor(pod)
 	cfg, err := spec.Sandbox(pod, n, a.Attempt)
+	// The cloud names the handlers of the classes that there are; for a static pod
+	// nobody does, and the class's name is tried.
+	if class := pod.Spec.RuntimeClassName; a.CreateSandbox && !p.static && class != nil && *class != "" && n.Runtime.Classes[*class] == "" {
+		err = fmt.Errorf("runtimeclass.node.k8s.io %q not found", *class)
+	}
 	if err != nil {
 		p.event(podRef(pod), corev1.EventTypeWarning, "FailedCreatePodSandBox", fmt.Sprintf("Failed to create pod sandbox: %v", err))
 		return nil, err
@@ -187,7 +192,7 @@ func (p *pod) start(ctx context.Context, w *want, s *seen, r *run, c *corev1.Con
 	if err != nil {
 		return fail(image.ImageInspectError, "Failed", said(err), err)
 	}
-	n := p.e.node.Load()
+	n := p.e.nodeFor(pod)
 	env, err := spec.Env(spec.EnvInput{Node: n, Pod: pod, Container: c, Objects: p.e.objects, PodIPs: r.ips, Services: services(w.services),
 		File: func(vol, path string) ([]byte, error) { return p.e.volumes.ReadFile(pod, vol, path) }})
 	if err != nil {

@@ -10,6 +10,7 @@ type Node struct {
 	Kernel          string `json:"kernel,omitempty"`
 	OSImage         string `json:"osImage,omitempty"`
 	MachineID       string `json:"machineID,omitempty"`
+	SystemUUID      string `json:"systemUUID,omitempty"`
 	BootID          string `json:"bootID,omitempty"`
 	CPUs            int    `json:"cpus"`
 	MemoryBytes     uint64 `json:"memoryBytes"`

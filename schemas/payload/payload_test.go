@@ -62,7 +62,7 @@ var goldens = map[string]any{
 	"device-status.offline": payload.DeviceStatus{UID: uid, Rev: at, State: payload.DeviceOffline, Since: at, Error: "dial tcp 192.168.1.20:502: connection refused", Mapper: "modbus"},
 
 	"node": payload.Node{Agent: "v0.1.0", Hostname: "plant-7", OS: "linux", Arch: "arm64", Kernel: "6.1.0-18-arm64",
-		OSImage: "Debian GNU/Linux 12 (bookworm)", MachineID: "0123456789abcdef0123456789abcdef",
+		OSImage: "Debian GNU/Linux 12 (bookworm)", MachineID: "0123456789abcdef0123456789abcdef", SystemUUID: "99999999-8888-7777-6666-555555555555",
 		BootID: "11111111-2222-3333-4444-555555555555", CPUs: 4, MemoryBytes: 1 << 30, InternalAddress: "10.1.2.3"},
 	"node.storeerror": payload.Node{Agent: "v0.1.0", OS: "linux", Arch: "amd64", CPUs: 2, MemoryBytes: 1 << 31, Pods: true,
 		StoreError: "no space left on device"},
@@ -78,7 +78,8 @@ var goldens = map[string]any{
 		Images:    []payload.NodeImage{{Names: []string{"fairlead.test/web:1"}, Size: 1234567}}},
 
 	"pod": payload.Pod{UID: uid, Rev: 812, Metadata: raw(`{"name":"web","namespace":"default","uid":"` + uid + `","generation":1}`),
-		Spec:     raw(`{"containers":[{"name":"web","image":"fairlead.test/web:1"}],"nodeName":"plant-7","readinessGates":[{"conditionType":"example.com/line-free"}]}`),
+		Spec:     raw(`{"containers":[{"name":"web","image":"fairlead.test/web:1"}],"nodeName":"plant-7","readinessGates":[{"conditionType":"example.com/line-free"}],"runtimeClassName":"sandboxed"}`),
+		Handler:  "runsc",
 		Gates:    map[string]string{"example.com/line-free": "True"},
 		Services: []payload.Service{{Name: "kubernetes", IP: "10.96.0.1", Ports: []payload.ServicePort{{Name: "https", Port: 443, Protocol: "TCP"}}}}},
 	"configmap": payload.ConfigMap{UID: uid, Rev: 812, Namespace: "default", Name: "web.conf", Data: map[string]string{"port": "8080"}, BinaryData: map[string][]byte{"logo": {0, 1, 2}}},

@@ -19,6 +19,9 @@ type Pod struct {
 	// Services are those that the pod's containers get environment variables of, as
 	// they were when the pod was bound to the node.
 	Services []Service `json:"services,omitempty"`
+	// Handler is the runtime handler of the RuntimeClass that the spec names. It is
+	// empty where the spec names none, or one that does not exist.
+	Handler string `json:"handler,omitempty"`
 }
 
 // Service is what a container's environment says of a Service.
