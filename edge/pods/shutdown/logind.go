@@ -114,11 +114,18 @@ func (m *Manager) listen(ctx context.Context, ready func()) (err error) {
 	}
 }
 
+// inhibitTimeout bounds logind's answer.
+const inhibitTimeout = 10 * time.Second
+
 // inhibit takes the lock, unless it is held.
 func (l *logind) inhibit(ctx context.Context) error {
 	if l.lock != nil {
 		return nil
 	}
+	// The answer is a lock that somebody has to let go, so it is waited for whatever
+	// happens.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), inhibitTimeout)
+	defer cancel()
 	var fd dbus.UnixFD
 	err := l.manager.CallWithContext(ctx, logindIface+".Inhibit", 0, "shutdown", "fairlead-edge", "Pods are ended in order", "delay").Store(&fd)
 	if err != nil {
