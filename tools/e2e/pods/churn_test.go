@@ -90,10 +90,10 @@ func TestChurn(t *testing.T) {
 		t.Error("the agent was never killed")
 	}
 	c.untilRunning(c.names...)
-	c.agree()
+	c.agree(kills)
 	c.deleteAll()
 	c.names = nil
-	c.agree()
+	c.agree(kills)
 }
 
 const churnPods = 12 // at once
@@ -189,8 +189,9 @@ func (c *churner) drop(i int) {
 	c.delete(name, grace)
 }
 
-// agree waits until everybody has the same pods, and nothing of others is left.
-func (c *churner) agree() {
+// agree waits until everybody has the same pods, and nothing of others is left, after
+// so many kills.
+func (c *churner) agree(kills int) {
 	c.Helper()
 	c.poll("all agree", func(ctx context.Context) error {
 		l, err := kube.CoreV1().Pods(c.ns).List(ctx, metav1.ListOptions{})
@@ -211,14 +212,26 @@ func (c *churner) agree() {
 	if err != nil {
 		c.Fatal(err)
 	}
+	again := 0
 	for _, f := range files {
 		b, err := os.ReadFile(filepath.Join(c.dir, f.Name()))
 		if err != nil {
 			c.Fatal(err)
 		}
 		if starts, most := strings.Count(string(b), "started\n"), len(c.images[f.Name()]); starts > most {
-			c.Errorf("pod %s was started %d times, and asked for %d times", f.Name(), starts, most)
+			again++
+			c.Logf("pod %s was started %d times, and asked for %d times", f.Name(), starts, most)
+			if starts > most+1 {
+				c.Errorf("pod %s was started %d times, and asked for %d times", f.Name(), starts, most)
+			}
 		}
+	}
+	// An agent that is killed in the milliseconds in which the runtime starts the
+	// process takes its request along: containerd then ends what it has just begun,
+	// and the next agent finds a container that has ended, as after a crash. So a
+	// kill may cost one start, and not every kill.
+	if again > kills/4 {
+		c.Errorf("%d pods were started once too often by %d kills", again, kills)
 	}
 }
 
