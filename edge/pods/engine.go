@@ -109,6 +109,7 @@ type Engine struct {
 	metrics  *metrics
 
 	driver      string // of the cgroups
+	began       time.Time
 	limits      cgroup.Limits
 	node        atomic.Pointer[spec.Node]
 	runtimeErr  atomic.Pointer[error]
@@ -245,7 +246,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 	workers, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	e.ctx = workers
+	e.ctx, e.began = workers, time.Now()
 	if err := e.connect(); err != nil {
 		return err
 	}

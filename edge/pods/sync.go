@@ -94,7 +94,7 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 		return next, err
 	}
 	if actions.None() {
-		return next, p.clear(ctx, s)
+		return p.clearLater(ctx, s, next)
 	}
 	due, err = p.act(ctx, &w, s, &actions)
 	next = sooner(next, due)
@@ -120,7 +120,8 @@ func (p *pod) sync(ctx context.Context) (next time.Time, err error) {
 		}
 		return next, err
 	}
-	return next, errors.Join(err, p.clear(ctx, after))
+	next, clearErr := p.clearLater(ctx, after, next)
+	return next, errors.Join(err, clearErr)
 }
 
 // discard removes containers that were made and never started, by an agent that was
@@ -261,6 +262,24 @@ func (p *pod) act(ctx context.Context, w *want, s *seen, a *podstatus.Actions) (
 		return next, err
 	}
 	return p.startAll(ctx, w, s, a, run)
+}
+
+// clearAfter is how long dead sandboxes are left alone after the agent's start: after
+// a reboot, every pod that runs is worth more than an address that is free.
+const clearAfter = 10 * time.Second
+
+// clearLater is clear, but not in the first moments of the agent.
+func (p *pod) clearLater(ctx context.Context, s *seen, next time.Time) (time.Time, error) {
+	at := p.e.began.Add(clearAfter)
+	if time.Now().After(at) {
+		return next, p.clear(ctx, s)
+	}
+	for _, b := range s.sandboxes {
+		if !ready(b) && !p.down[b.Id] {
+			return sooner(next, at), nil
+		}
+	}
+	return next, nil
 }
 
 // clear gives back the network of sandboxes that died by themselves, as in a power
